@@ -1,0 +1,126 @@
+"""What the architectures share: normalisation, rotary angles, the key-value cache, attention itself.
+
+Axes: B batch, T query length, S key length, D hidden, N query heads, K key-value heads, G = N/K,
+H head dimension, L layers. Softmax, norm statistics and rotary angles run in at least float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    """float32 for the half precisions, the dtype itself for float32 and float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale (Zhang & Sennrich 2019, arXiv:1910.07467). [..., D] -> [..., D]"""
+
+    def __init__(self, size: int, eps: float, *, dtype: jnp.dtype):
+        self.eps = eps
+        # vs torch: a leaf is a Param that wraps the array; Flax names it scale, torch weight
+        self.scale = nnx.Param(jnp.ones(size, dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(at_least_float32(x.dtype))
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.scale[...]
+
+
+class KVCache(NamedTuple):
+    """Keys and values seen so far. A token at position p lies in slot p mod S of its row.
+
+    Slot S is scratch: what must not be kept is written there, and its position stays -1.
+    """
+
+    k: jax.Array  # [L, B, S+1, K, H]
+    v: jax.Array  # [L, B, S+1, K, H]
+    positions: jax.Array  # [B, S+1] int32, -1 where empty
+
+
+class Context(NamedTuple):
+    """What depends on the positions alone: computed once per call, read by every layer."""
+
+    cos: jax.Array  # [B, T, H/2]
+    sin: jax.Array  # [B, T, H/2]
+    slots: jax.Array | None  # [B, T], where this call's keys and values go in the cache
+    mask: jax.Array  # [B, T, S], True where a key is visible
+
+
+def empty_cache(layers: int, batch: int, length: int, heads: int, size: int, *, dtype: jnp.dtype) -> KVCache:
+    """A cache for `length` positions per row, nothing in it yet."""
+    shape = (layers, batch, length + 1, heads, size)
+    # vs torch: two allocations, not one array twice: a donated buffer may appear only once
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.full(shape[1:3], -1, jnp.int32))
+
+
+def place(positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    """Assign each token of a call its slot, and note the positions there. [B, T] -> [B, T]
+
+    Padding goes to the scratch slot, and so does whatever a later token of the same call overwrites.
+    """
+    length = cache.positions.shape[1] - 1
+    kept = (positions >= 0) & (positions > positions.max(axis=1, keepdims=True) - length)  # [B, T]
+    slots = jnp.where(kept, positions % length, length)  # [B, T]
+    rows = jnp.arange(positions.shape[0])[:, None]  # [B, 1]
+    # vs torch: arrays are immutable; .at[].set returns a new one, which XLA writes in place when donated
+    noted = cache.positions.at[rows, slots].set(jnp.where(kept, positions, -1))
+    return slots, cache._replace(positions=noted)
+
+
+def store(cache: KVCache, layer: int, slots: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
+    """Put one layer's keys and values, each [B, T, K, H], into their slots."""
+    rows = jnp.arange(slots.shape[0])[:, None]  # [B, 1]
+    return cache._replace(
+        k=cache.k.at[layer, rows, slots].set(k.astype(cache.k.dtype)),
+        v=cache.v.at[layer, rows, slots].set(v.astype(cache.v.dtype)),
+    )
+
+
+def visible(positions: jax.Array, key_positions: jax.Array) -> jax.Array:
+    """The causal rule: a key is seen from its own position on, padding never. [B, T], [B, S] -> [B, T, S]"""
+    queries, keys = positions[:, :, None], key_positions[:, None, :]
+    return (keys >= 0) & (keys <= queries)
+
+
+def rotary_angles(
+    positions: jax.Array, frequencies: tuple[float, ...], dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of position times frequency, at least float32. [B, T] -> 2 x [B, T, H/2]"""
+    wide = at_least_float32(dtype)  # bfloat16 cannot hold position 257
+    angles = positions[:, :, None].astype(wide) * jnp.asarray(frequencies, wide)  # [B, T, H/2]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn dimension j together with j + H/2 (Su et al. 2021, arXiv:2104.09864). [B, T, *, H] -> same"""
+    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)  # 2 x [B, T, *, H/2]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]  # [B, T, 1, H/2]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Scaled dot-product attention with grouped heads: N/K query heads share a key-value head.
+
+    q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S] -> [B, T, N, H] (Vaswani et al. 2017, eq. 1;
+    Ainslie et al. 2023, arXiv:2305.13245). A row that sees nothing gets the mean of v: finite, unspecified.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    q = q.reshape(B, T, K, N // K, H)  # [B, T, K, G, H]
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k) * H**-0.5  # [B, K, G, T, S]
+    scores = scores.astype(at_least_float32(scores.dtype))
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)  # [B, K, G, T, S]
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)  # [B, T, N, H]
+
+
+def constrain(x: jax.Array, name: str) -> jax.Array:
+    """Mark an activation by name ("residual") as one whose sharding may be chosen; without a mesh, x itself."""
+    return x

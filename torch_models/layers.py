@@ -1,0 +1,130 @@
+"""What the architectures share: normalisation, rotary angles, the key-value cache, attention itself.
+
+Axes: B batch, T query length, S key length, D hidden, N query heads, K key-value heads, G = N/K,
+H head dimension, L layers. Softmax, norm statistics and rotary angles run in at least float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float32 for the half precisions, the dtype itself for float32 and float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, arXiv:1910.07467). [..., D] -> [..., D]"""
+
+    def __init__(self, size: int, eps: float, *, dtype: torch.dtype):
+        super().__init__()  # vs jax: registers parameters and submodules as they are assigned
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.to(at_least_float32(x.dtype))
+        wide = wide * torch.rsqrt(torch.mean(wide * wide, dim=-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight
+
+
+class KVCache(NamedTuple):
+    """Keys and values seen so far. A token at position p lies in slot p mod S of its row.
+
+    Slot S is scratch: what must not be kept is written there, and its position stays -1.
+    """
+
+    k: torch.Tensor  # [L, B, S+1, K, H]
+    v: torch.Tensor  # [L, B, S+1, K, H]
+    positions: torch.Tensor  # [B, S+1] int32, -1 where empty
+
+
+class Context(NamedTuple):
+    """What depends on the positions alone: computed once per call, read by every layer."""
+
+    cos: torch.Tensor  # [B, T, H/2]
+    sin: torch.Tensor  # [B, T, H/2]
+    slots: torch.Tensor | None  # [B, T], where this call's keys and values go in the cache
+    mask: torch.Tensor  # [B, T, S], True where a key is visible
+
+
+def empty_cache(
+    layers: int, batch: int, length: int, heads: int, size: int, *, dtype: torch.dtype, device: torch.device
+) -> KVCache:
+    """A cache for `length` positions per row, nothing in it yet."""
+    shape = (layers, batch, length + 1, heads, size)
+    return KVCache(
+        torch.zeros(shape, dtype=dtype, device=device),
+        torch.zeros(shape, dtype=dtype, device=device),
+        torch.full(shape[1:3], -1, dtype=torch.int32, device=device),
+    )
+
+
+def place(positions: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, KVCache]:
+    """Assign each token of a call its slot, and note the positions there. [B, T] -> [B, T]
+
+    Padding goes to the scratch slot, and so does whatever a later token of the same call overwrites.
+    """
+    length = cache.positions.shape[1] - 1
+    kept = (positions >= 0) & (positions > positions.amax(dim=1, keepdim=True) - length)  # [B, T]
+    slots = torch.where(kept, positions % length, length)  # [B, T]
+    rows = torch.arange(positions.shape[0], device=positions.device)[:, None]  # [B, 1]
+    # vs jax: written in place; the cache that was passed in is the one that is returned
+    cache.positions[rows, slots] = torch.where(kept, positions, -1)
+    return slots, cache
+
+
+def store(cache: KVCache, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> KVCache:
+    """Put one layer's keys and values, each [B, T, K, H], into their slots."""
+    rows = torch.arange(slots.shape[0], device=slots.device)[:, None]  # [B, 1]
+    cache.k[layer][rows, slots] = k.to(cache.k.dtype)
+    cache.v[layer][rows, slots] = v.to(cache.v.dtype)
+    return cache
+
+
+def visible(positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
+    """The causal rule: a key is seen from its own position on, padding never. [B, T], [B, S] -> [B, T, S]"""
+    queries, keys = positions[:, :, None], key_positions[:, None, :]
+    return (keys >= 0) & (keys <= queries)
+
+
+def rotary_angles(
+    positions: torch.Tensor, frequencies: tuple[float, ...], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of position times frequency, at least float32. [B, T] -> 2 x [B, T, H/2]"""
+    wide = at_least_float32(dtype)  # bfloat16 cannot hold position 257
+    # vs jax: the frequencies are no buffer, since model.bfloat16() would round a buffer too
+    angles = positions[:, :, None].to(wide) * torch.tensor(frequencies, dtype=wide, device=positions.device)
+    return torch.cos(angles), torch.sin(angles)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn dimension j together with j + H/2 (Su et al. 2021, arXiv:2104.09864). [B, T, *, H] -> same"""
+    first, second = torch.chunk(x.to(cos.dtype), 2, dim=-1)  # 2 x [B, T, *, H/2]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]  # [B, T, 1, H/2]
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x.dtype)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Scaled dot-product attention with grouped heads: N/K query heads share a key-value head.
+
+    q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S] -> [B, T, N, H] (Vaswani et al. 2017, eq. 1;
+    Ainslie et al. 2023, arXiv:2305.13245). A row that sees nothing gets the mean of v: finite, unspecified.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    q = q.reshape(B, T, K, N // K, H)  # [B, T, K, G, H]
+    scores = torch.einsum("btkgh,bskh->bkgts", q, k) * H**-0.5  # [B, K, G, T, S]
+    scores = scores.to(at_least_float32(scores.dtype))
+    scores = torch.where(mask[:, None, None], scores, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, dim=-1).to(v.dtype)  # [B, K, G, T, S]
+    return torch.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)  # [B, T, N, H]
+
+
+def constrain(x: torch.Tensor, name: str) -> torch.Tensor:
+    """Mark an activation by name ("residual") as one whose sharding may be chosen; without a mesh, x itself."""
+    return x

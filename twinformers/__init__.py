@@ -1,0 +1,47 @@
+"""Every transformer architecture written twice, in Flax NNX and in PyTorch, and proven equal.
+
+The public names are loaded when first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from twinformers.checkpoints import PortResult as PortResult
+    from twinformers.checkpoints import open_checkpoint as open_checkpoint
+    from twinformers.checkpoints import port as port
+    from twinformers.configs import Sampling as Sampling
+    from twinformers.generation import GenerateResult as GenerateResult
+    from twinformers.generation import generate as generate
+    from twinformers.loading import load as load
+    from twinformers.loading import load_config as load_config
+    from twinformers.loading import load_tokenizer as load_tokenizer
+    from twinformers.parity.verify import VerifyReport as VerifyReport
+    from twinformers.parity.verify import verify as verify
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "GenerateResult": "generation",
+    "PortResult": "checkpoints",
+    "Sampling": "configs",
+    "VerifyReport": "parity.verify",
+    "generate": "generation",
+    "load": "loading",
+    "load_config": "loading",
+    "load_tokenizer": "loading",
+    "open_checkpoint": "checkpoints",
+    "port": "checkpoints",
+    "verify": "parity.verify",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

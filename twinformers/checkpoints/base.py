@@ -1,0 +1,88 @@
+"""What every checkpoint looks like from outside, whatever its format: headers first, tensors one at a time."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from twinformers.configs import Config
+
+#: Files that travel with the weights: a folder always carries its tokenizer and its generation settings.
+ASSETS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as the headers describe it; nothing of it has been read.
+
+    `shape` is the logical shape (row-major, as numpy would see it), `dtype` the stored type by the
+    name numpy or ml_dtypes gives it ("float32", "bfloat16"), or the quantisation ("Q4_1").
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: str
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+class Checkpoint(ABC):
+    """An opened source of weights. Opening reads headers only.
+
+    `format` names the storage ("hf", "gguf", "torch", "jax", "preset"), `side` the column of the weight
+    map whose names and layouts the tensors have ("hf", "gguf", "torch", "jax").
+    """
+
+    format: str
+    side: str
+
+    def __init__(self, source: str, config: Config):
+        self.source = source
+        self.config = config
+
+    @property
+    @abstractmethod
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by its stored name."""
+
+    @abstractmethod
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, C-contiguous, in its stored dtype; quantised tensors are dequantised to float32."""
+
+    @property
+    def assets(self) -> Mapping[str, bytes]:
+        """The content of the files named in `ASSETS` that the source has (or that its metadata amounts to)."""
+        return {}
+
+    @property
+    def files(self) -> list[str]:
+        """The paths of the files that the source consists of, for the destination-is-the-source check."""
+        return []
+
+    def close(self) -> None:
+        """Release file handles; reading afterwards is an error."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()

@@ -1,0 +1,159 @@
+"""Folders of weights: Hugging Face's, and the twins' own.
+
+Every folder carries config.json (in Hugging Face's spelling), the tokenizer's files and the generation
+settings. What tells the twins' folders apart is `twinformers.json`:
+`{"format": "torch" | "jax", "version": 1, "architecture": STEM}`. A torch folder holds safetensors with
+our module names, a jax folder an Orbax checkpoint in `params/` with our flat dotted names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twinformers.checkpoints.base import ASSETS, Checkpoint, TensorInfo
+from twinformers.checkpoints.safetensors_io import SafetensorsFiles
+from twinformers.configs import config_from_hf
+from twinformers.errors import FormatError, SourceError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MARKER = "twinformers.json"
+VERSION = 1
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises FormatError for anything else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FormatError("the file does not exist", where=str(path)) from None
+    except (ValueError, RecursionError) as error:
+        raise FormatError("not readable as JSON", where=str(path), found=str(error)) from None
+    except OSError as error:
+        raise FormatError("the file cannot be read", where=str(path), found=str(error)) from None
+    if not isinstance(value, dict):
+        raise FormatError(
+            "not a JSON object", where=str(path), expected="an object", found=type(value).__name__
+        )
+    return value
+
+
+class FolderCheckpoint(Checkpoint):
+    """What all folders share: config.json and the files that travel with the weights."""
+
+    def __init__(self, source: str, folder: Path):
+        self.folder = folder
+        self.raw_config = read_json(folder / "config.json")
+        super().__init__(source, config_from_hf(self.raw_config, str(folder / "config.json")))
+
+    @cached_property
+    def assets(self) -> Mapping[str, bytes]:  # type: ignore[override]
+        found = {name: (self.folder / name).read_bytes() for name in ASSETS if (self.folder / name).is_file()}
+        if "generation_config.json" not in found:
+            ids = {k: self.raw_config[k] for k in TOKEN_IDS if self.raw_config.get(k) is not None}
+            if ids:
+                found["generation_config.json"] = (json.dumps(ids, indent=2) + "\n").encode()
+        return found
+
+
+class SafetensorsFolder(FolderCheckpoint):
+    """A folder with one safetensors file, or an index and its shards."""
+
+    def __init__(self, source: str, folder: Path, *, side: str):
+        super().__init__(source, folder)
+        self.format = self.side = side
+        index = folder / INDEX
+        self._listed: dict[str, str] | None = None
+        if index.exists():
+            self._listed = self._read_index(index)
+            paths = [folder / name for name in dict.fromkeys(self._listed.values())]
+        elif (folder / SINGLE).exists():
+            paths = [folder / SINGLE]
+        else:
+            raise SourceError(
+                "no weights in the folder",
+                where=str(folder),
+                expected=f"{SINGLE} or {INDEX}",
+                found=", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing",
+            )
+        self._files = SafetensorsFiles(paths)
+        if self._listed is not None:
+            self._compare_with_index(index, self._listed)
+
+    @staticmethod
+    def _read_index(path: Path) -> dict[str, str]:
+        listed = read_json(path).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            raise FormatError("the index lists no tensors", where=f"{path}: weight_map")
+        for name, file in listed.items():
+            # An index is foreign input: it may name files of its own folder and nothing else.
+            if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+                raise FormatError(
+                    "the index points out of its folder",
+                    where=f"{path}: weight_map[{name!r}]",
+                    expected="the plain name of a file beside the index",
+                    found=repr(file),
+                )
+        return listed
+
+    def _compare_with_index(self, path: Path, listed: Mapping[str, str]) -> None:
+        actual = {name: Path(info.file).name for name, info in self._files.tensors.items()}
+        for name in sorted(listed.keys() | actual.keys()):
+            if listed.get(name) != actual.get(name):
+                raise FormatError(
+                    "the index and the files disagree",
+                    where=f"{path}: {name}",
+                    expected=f"in {listed[name]}" if name in listed else "not listed in the index",
+                    found=f"in {actual[name]}" if name in actual else "in no file",
+                    hint="old and new shards may be mixed; fetch the folder again",
+                )
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._files.tensors
+
+    def read(self, name: str) -> np.ndarray:
+        return self._files.read(name)
+
+    @property
+    def files(self) -> list[str]:
+        return [str(f) for f in self._files.files]
+
+    def close(self) -> None:
+        self._files.close()
+
+
+def open_folder(source: str, folder: Path) -> Checkpoint:
+    """Open a folder by what lies in it: a twin's by its marker, Hugging Face's by its config.json."""
+    marker = folder / MARKER
+    if marker.exists():
+        found = read_json(marker)
+        if found.get("version") != VERSION or found.get("format") not in ("torch", "jax"):
+            raise FormatError(
+                "unknown kind of twinformers folder",
+                where=str(marker),
+                expected=f"version {VERSION}, format torch or jax",
+                found=f"version {found.get('version')!r}, format {found.get('format')!r}",
+                hint="it may have been written by a newer version of twinformers",
+            )
+        if found["format"] == "torch":
+            return SafetensorsFolder(source, folder, side="torch")
+        from twinformers.checkpoints.orbax import OrbaxFolder
+
+        return OrbaxFolder(source, folder)
+    if (folder / "config.json").exists():
+        return SafetensorsFolder(source, folder, side="hf")
+    raise SourceError(
+        "the folder is no checkpoint",
+        where=str(folder),
+        expected=f"config.json with safetensors, or {MARKER}",
+        found=", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing",
+    )

@@ -1,0 +1,151 @@
+"""Our Flax folders: an Orbax checkpoint of a flat dictionary, one array per dotted name.
+
+Tensors are loaded one group at a time with placeholders for the rest, so that reading needs memory for a
+group and not for the model. Orbax writes a tree as a whole: writing needs memory for all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from twinformers.checkpoints.base import TensorInfo
+from twinformers.checkpoints.dtypes import DTYPES, numpy_dtype
+from twinformers.checkpoints.folders import FolderCheckpoint
+from twinformers.errors import FormatError, MissingDependency
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from twinformers.checkpoints.safetensors_io import Entry
+
+PARAMS = "params"
+#: One call to Orbax costs milliseconds whatever it loads; groups of this size make that disappear.
+GROUP_BYTES = 256 << 20
+
+
+def _orbax():
+    import ml_dtypes  # noqa: F401  (numpy's bfloat16)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from orbax.checkpoint import v1
+    except ImportError:
+        raise MissingDependency(
+            "Orbax checkpoints need the package orbax-checkpoint",
+            hint="pip install 'twinformers[jax]'",
+        ) from None
+    return v1
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax reports every step through absl; only what goes wrong concerns us, and that is raised."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+class OrbaxFolder(FolderCheckpoint):
+    """A folder written by `port --to jax`."""
+
+    format = side = "jax"
+
+    def __init__(self, source: str, folder: Path):
+        super().__init__(source, folder)
+        self._path = (folder / PARAMS).resolve()
+        self._held: dict[str, np.ndarray] = {}
+        ocp = _orbax()
+        try:
+            with _quiet():
+                tree = ocp.metadata(self._path).metadata
+        except Exception as error:  # Orbax raises many types, from its own to tensorstore's
+            raise FormatError(
+                "not a readable Orbax checkpoint", where=str(self._path), found=str(error).splitlines()[0][:300]
+            ) from None
+        if not isinstance(tree, Mapping) or any(not hasattr(leaf, "shape") for leaf in tree.values()):
+            raise FormatError(
+                "not a flat dictionary of arrays",
+                where=str(self._path),
+                hint="only folders written by `twinformers port --to jax` are read",
+            )
+        self._tensors = {k: TensorInfo(tuple(m.shape), str(m.dtype), str(self._path)) for k, m in tree.items()}
+        for name, info in self._tensors.items():
+            if info.dtype not in DTYPES:
+                raise FormatError(
+                    "unsupported dtype",
+                    where=f"{self._path}: {name}",
+                    expected=", ".join(DTYPES),
+                    found=info.dtype,
+                )
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._tensors
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor; its neighbours in the table's order are loaded with it and handed out next."""
+        if name not in self._held:
+            from twinformers.weight_maps import weight_map
+
+            order = [n for n in weight_map(self.config).leaves("jax") if n in self._tensors]
+            group, size = [], 0
+            for n in order[order.index(name) :] if name in order else [name]:
+                info = self._tensors[n]
+                size += info.size * numpy_dtype(info.dtype).itemsize
+                if group and size > GROUP_BYTES:
+                    break
+                group.append(n)
+            self._held = self._load(group)
+        return self._held.pop(name)
+
+    def _load(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        import numpy as np
+
+        ocp = _orbax()
+        target = {
+            # The target's dtype is the stored one: Orbax would cast silently to any other.
+            n: np.empty(i.shape, numpy_dtype(i.dtype)) if n in names else ocp.PLACEHOLDER
+            for n, i in self._tensors.items()
+        }
+        try:
+            with _quiet():
+                loaded = ocp.load(self._path, target)
+        except Exception as error:
+            raise FormatError(
+                "the Orbax checkpoint cannot be read",
+                where=f"{self._path}: {names[0]}",
+                found=str(error).splitlines()[0][:300],
+            ) from None
+        return {n: np.asarray(loaded[n]) for n in names}
+
+    @property
+    def files(self) -> list[str]:
+        return [str(self._path)]
+
+
+def write_orbax(folder: Path, entries: Sequence[Entry], on_tensor) -> None:
+    """Write `params/` of a jax folder. Uncompressed and without OCDBT: measured about 7 times faster."""
+    import numpy as np
+
+    ocp = _orbax()
+    tree = {}
+    for e in entries:
+        tree[e.name] = np.ascontiguousarray(e.produce())
+        on_tensor(e)
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = False
+    context.array.saving.use_compression = False
+    with _quiet(), context:
+        ocp.save((folder / PARAMS).resolve(), tree)

@@ -1,0 +1,170 @@
+"""What every configuration has in common: frozen, complete, validated once, read strictly.
+
+A configuration has no defaults for what defines the architecture. Hugging Face files omit fields; the
+documented defaults stand in one table per architecture (`HF_DEFAULTS`), are applied here and nowhere
+else, and are tested against transformers' own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar, get_type_hints
+
+from twinformers.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+#: Fields of config.json that say nothing about the mathematics of a forward pass.
+NEUTRAL_FIELDS = frozenset(
+    """
+    _name_or_path architectures auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id id2label
+    initializer_range is_decoder is_encoder_decoder is_llama_config label2id license model_type
+    output_attentions output_hidden_states pad_token_id pretraining_tp problem_type return_dict
+    tokenizer_class torch_dtype transformers_version transformers.js_config unk_token_id use_cache
+    """.split()
+)
+
+C = TypeVar("C", bound="Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of the configurations; see the subclasses for the fields.
+
+    Class attributes that a subclass sets: `architecture` (the stem that names its files), `model_class`
+    (the class in both framework's files), `hf_class` (in transformers), `HF_DEFAULTS` (what config.json
+    may omit), `HF_FIXED` (fields for which the code implements one value only), `GGUF_FIELDS`.
+    """
+
+    architecture: ClassVar[str]
+    model_class: ClassVar[str]
+    hf_class: ClassVar[str]
+    hf_model_type: ClassVar[str]
+    HF_DEFAULTS: ClassVar[Mapping[str, Any]] = {}
+    HF_FIXED: ClassVar[Mapping[str, Any]] = {}
+
+    def __post_init__(self):
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            check_type(field.name, getattr(self, field.name), hints[field.name])
+        self.validate()
+
+    def validate(self) -> None:
+        """What the fields must satisfy together; raises ConfigError."""
+
+    def replace(self: C, **changes: Any) -> C:
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_hf(cls: type[C], raw: Mapping[str, Any], where: str = "config.json") -> C:
+        """Read Hugging Face's config.json, given as its dictionary.
+
+        Raises ConfigError by field name for what is missing, of a wrong type or value, or not implemented.
+        Fields that are neither known nor neutral are reported as a warning: they may matter.
+        """
+        try:
+            for name, implemented in cls.HF_FIXED.items():
+                found = raw.get(name, implemented)
+                if found != implemented and found is not None:
+                    raise ConfigError(
+                        "the configuration asks for what is not implemented",
+                        where=name,
+                        expected=repr(implemented),
+                        found=repr(found),
+                        hint="porting without it would change the outputs, so it is refused",
+                    )
+            if (quantized := raw.get("quantization_config")) is not None:
+                method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+                raise ConfigError(
+                    "the weights are quantised",
+                    where="quantization_config",
+                    expected="float weights",
+                    found=repr(method),
+                    hint="port the original checkpoint, or a GGUF of it",
+                )
+            values = {
+                f.name: raw[f.name]
+                for f in dataclasses.fields(cls)
+                if f.name in raw and (raw[f.name] is not None or f.name not in cls.HF_DEFAULTS)
+            }
+            for name, default in cls.HF_DEFAULTS.items():
+                if name not in values:
+                    values[name] = default(values) if callable(default) else default
+            values.update(cls.hf_values(raw))
+            for f in dataclasses.fields(cls):
+                if f.name not in values:
+                    raise ConfigError("a field is missing", where=f.name, expected=str(f.type))
+            config = cls(**values)
+        except ConfigError as error:
+            raise located(error, where) from None
+        known = NEUTRAL_FIELDS | cls.HF_FIXED.keys() | {f.name for f in dataclasses.fields(cls)}
+        for name in sorted(raw.keys() - known - cls.hf_extra_fields()):
+            log.warning("%s: field %r is not known here and has no effect", where, name)
+        return config
+
+    @classmethod
+    def hf_values(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields whose spelling in config.json is not simply the field's name."""
+        return {}
+
+    @classmethod
+    def hf_extra_fields(cls) -> frozenset[str]:
+        """The names in config.json that `hf_values` reads."""
+        return frozenset()
+
+    def to_hf(self) -> dict[str, Any]:
+        """The dictionary that transformers reads from config.json; `from_hf` inverts it."""
+        raw = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            "architectures": [self.hf_class],
+            "model_type": self.hf_model_type,
+            **raw,
+            **self.HF_FIXED,
+        }
+
+    @classmethod
+    def from_gguf(
+        cls: type[C],
+        metadata: Mapping[str, Any],
+        tensors: Mapping[str, Any],
+        read: Callable[[str], Any],
+        where: str,
+    ) -> C:
+        """Read the hyper-parameters from GGUF metadata. Raises ConfigError by key."""
+        raise ConfigError("this architecture has no GGUF reader", where=where, found=cls.architecture)
+
+
+def located(error: ConfigError, where: str) -> ConfigError:
+    return ConfigError(
+        error.problem,
+        where=f"{where}: {error.where}" if error.where else where,
+        expected=error.expected,
+        found=error.found,
+        hint=error.hint,
+    )
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise ConfigError unless `value` fits the annotation: JSON's types are not Python's by accident."""
+    if hint is int:
+        # The bound keeps a hostile config.json from asking for more than any address space holds.
+        ok = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**40
+        expected = "a positive integer"
+    elif hint is float:
+        ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        expected = "a positive number"
+    elif hint is bool:
+        ok, expected = isinstance(value, bool), "true or false"
+    elif isinstance(hint, type):
+        ok, expected = isinstance(value, hint), hint.__name__
+    else:  # a union such as RopeScaling | None
+        ok, expected = isinstance(value, hint), str(hint)
+    if not ok:
+        raise ConfigError("bad value", where=name, expected=expected, found=repr(value)[:200])

@@ -1,0 +1,51 @@
+"""Typed errors: what was expected, what was found, and what to do about it.
+
+Every error that a user's input can cause derives from `TwinformersError`; the command line turns it
+into one message and exit code 2. A check that ran and failed is not an error: it is a result.
+"""
+
+from __future__ import annotations
+
+
+class TwinformersError(Exception):
+    """Base of every error that bad input, a missing package or a full disk can cause.
+
+    Attributes: `where` names the file, tensor or field; `expected` and `found` what the two sides
+    of the disagreement are; `hint` what to do. Each may be empty.
+    """
+
+    def __init__(self, problem: str, *, where: str = "", expected: str = "", found: str = "", hint: str = ""):
+        self.problem, self.where, self.expected, self.found, self.hint = problem, where, expected, found, hint
+        lines = [f"{where}: {problem}" if where else problem]
+        lines += [f"  expected: {expected}"] if expected else []
+        lines += [f"  found:    {found}"] if found else []
+        lines += [f"  to do:    {hint}"] if hint else []
+        super().__init__("\n".join(lines))
+
+
+class SourceError(TwinformersError):
+    """The source does not exist, or is none of the forms that the sources grammar knows."""
+
+
+class FormatError(TwinformersError):
+    """A file is not what its format says it must be: truncated, malformed, of an unknown version."""
+
+
+class ConfigError(TwinformersError):
+    """A configuration is missing a field, has a wrong value, or asks for what the code does not do."""
+
+
+class WeightsError(TwinformersError):
+    """A tensor is missing, left over, duplicated or of the wrong shape or dtype."""
+
+
+class DestinationError(TwinformersError):
+    """The destination exists, cannot be written, or is the source itself."""
+
+
+class MissingDependency(TwinformersError):
+    """A package that this operation needs is not installed; the message names the extra."""
+
+
+class UsageError(TwinformersError):
+    """An option has a value that makes no sense, alone or together with another."""

@@ -1,0 +1,114 @@
+"""From a source to a module of either framework, one tensor at a time and without a second copy."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twinformers.checkpoints import Checkpoint, convert, open_checkpoint
+from twinformers.checkpoints.dtypes import check_dtype
+from twinformers.errors import MissingDependency, SourceError, UsageError
+
+if TYPE_CHECKING:
+    from twinformers.checkpoints.tokenizer import Tokenizer
+    from twinformers.configs import Config
+
+FRAMEWORKS = ("jax", "torch")
+Source = str | Path | Checkpoint
+
+
+def load(source: Source, framework: str, dtype: str = "float32", device: Any = None) -> Any:
+    """The model of a source as a module: an `nnx.Module` for "jax", a `torch.nn.Module` for "torch".
+
+    Call it as `logits, cache = model(tokens, positions)`. `dtype` is one of float64, float32, bfloat16,
+    float16; `device` is a device of that framework (default: its own default). Raises UsageError for an
+    unknown framework or dtype and for float64 in JAX without x64, MissingDependency where the framework is
+    not installed, and the errors of the source.
+    """
+    if framework not in FRAMEWORKS:
+        raise UsageError(
+            "unknown framework", where="framework", expected=" or ".join(FRAMEWORKS), found=repr(framework)
+        )
+    check_dtype(dtype)
+    try:
+        importlib.import_module({"jax": "flax.nnx", "torch": "torch"}[framework])
+    except ImportError as error:
+        raise MissingDependency(
+            f"{framework} is not installed ({error.name})", hint=f"pip install 'twinformers[{framework}]'"
+        ) from None
+    build = _load_jax if framework == "jax" else _load_torch
+    if isinstance(source, Checkpoint):
+        return build(source, dtype, device)
+    with open_checkpoint(source) as checkpoint:
+        return build(checkpoint, dtype, device)
+
+
+def _load_jax(checkpoint: Checkpoint, dtype: str, device: Any) -> Any:
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    if dtype == "float64" and not jax.config.jax_enable_x64:
+        raise UsageError(
+            "JAX would silently make float32 of float64",
+            where="dtype",
+            hint="call inside `with jax.enable_x64(True):`, or set JAX_ENABLE_X64=1",
+        )
+    config = checkpoint.config
+    cls = getattr(importlib.import_module(f"jax_models.{config.architecture}"), config.model_class)
+    # Shapes only: no parameter exists until the checkpoint's own is put in its place.
+    skeleton = nnx.eval_shape(lambda: cls(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(skeleton)
+    params = nnx.to_pure_dict(state)
+    for name, array in convert(checkpoint, "jax", dtype):
+        *parents, leaf = [int(part) if part.isdecimal() else part for part in name.split(".")]
+        node = params
+        for part in parents:
+            node = node[part]
+        # may_alias False: the array must outlive the checkpoint's buffers.
+        node[leaf] = jax.device_put(array, device, may_alias=False)
+    return nnx.merge(graphdef, params)
+
+
+def _load_torch(checkpoint: Checkpoint, dtype: str, device: Any) -> Any:
+    import numpy as np
+    import torch
+
+    config = checkpoint.config
+    cls = getattr(importlib.import_module(f"torch_models.{config.architecture}"), config.model_class)
+    with torch.device("meta"):  # shapes only, as above
+        model = cls(config, dtype=getattr(torch, dtype))
+    state = {}
+    for name, array in convert(checkpoint, "torch", dtype):
+        array = np.require(array, requirements=["C", "W"])
+        if array.dtype.name == "bfloat16":  # torch does not know numpy's bfloat16: pass the bits
+            tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        else:
+            tensor = torch.from_numpy(array)
+        state[name] = tensor.to(device) if device is not None else tensor
+    model.load_state_dict(state, assign=True, strict=True)
+    return model.eval()
+
+
+def load_config(source: Source) -> Config:
+    """The configuration of a source; no weights are read."""
+    if isinstance(source, Checkpoint):
+        return source.config
+    with open_checkpoint(source) as checkpoint:
+        return checkpoint.config
+
+
+def load_tokenizer(source: Source) -> Tokenizer:
+    """The tokenizer of a source. Raises SourceError where it has none."""
+    from twinformers.checkpoints.tokenizer import Tokenizer
+
+    with open_checkpoint(source) as checkpoint:
+        if "tokenizer.json" not in checkpoint.assets:
+            raise SourceError(
+                "the source has no tokenizer",
+                where=checkpoint.source,
+                expected="tokenizer.json",
+                hint="give token ids instead of text, or put the model's tokenizer.json into the folder",
+            )
+        return Tokenizer.from_assets(checkpoint.assets, checkpoint.source)

@@ -1,0 +1,77 @@
+"""LLaMA's tensors, one row each.
+
+GGUF keeps the query and key rows of each head interleaved, as Meta's checkpoints do: dimension 2j is
+turned together with 2j+1. Hugging Face and the twins turn j together with j+H/2. With `r` counting the
+two members of a pair and `h` the pairs, that is "(N h r)" against "(N r h)".
+"""
+
+from __future__ import annotations
+
+from twinformers.configs.llama import LlamaConfig
+from twinformers.weight_maps.base import Buffer, Embedding, Linear, Norm, Row, Tied, WeightMap
+
+HF = "model.layers.{i}"
+GGUF = "blk.{i}"
+
+ROWS: tuple[Row | Buffer, ...] = (
+    Embedding("embed", "V D", hf="model.embed_tokens.weight", gguf="token_embd.weight"),
+    Norm("layers.{i}.attn_norm", "D", hf=f"{HF}.input_layernorm.weight", gguf=f"{GGUF}.attn_norm.weight"),
+    Linear(
+        "layers.{i}.attn.q_proj",
+        "(N r h) D",
+        hf=f"{HF}.self_attn.q_proj.weight",
+        gguf=(f"{GGUF}.attn_q.weight", "(N h r) D"),
+    ),
+    Linear(
+        "layers.{i}.attn.k_proj",
+        "(K r h) D",
+        hf=f"{HF}.self_attn.k_proj.weight",
+        gguf=(f"{GGUF}.attn_k.weight", "(K h r) D"),
+    ),
+    Linear(
+        "layers.{i}.attn.v_proj", "(K H) D", hf=f"{HF}.self_attn.v_proj.weight", gguf=f"{GGUF}.attn_v.weight"
+    ),
+    Linear(
+        "layers.{i}.attn.o_proj",
+        "D (N H)",
+        hf=f"{HF}.self_attn.o_proj.weight",
+        gguf=f"{GGUF}.attn_output.weight",
+    ),
+    Norm(
+        "layers.{i}.mlp_norm",
+        "D",
+        hf=f"{HF}.post_attention_layernorm.weight",
+        gguf=f"{GGUF}.ffn_norm.weight",
+    ),
+    Linear("layers.{i}.mlp.gate_proj", "F D", hf=f"{HF}.mlp.gate_proj.weight", gguf=f"{GGUF}.ffn_gate.weight"),
+    Linear("layers.{i}.mlp.up_proj", "F D", hf=f"{HF}.mlp.up_proj.weight", gguf=f"{GGUF}.ffn_up.weight"),
+    Linear("layers.{i}.mlp.down_proj", "D F", hf=f"{HF}.mlp.down_proj.weight", gguf=f"{GGUF}.ffn_down.weight"),
+    Norm("norm", "D", hf="model.norm.weight", gguf="output_norm.weight"),
+    # Written by old versions of transformers and of llama.cpp; the configuration determines both.
+    Buffer({"hf": f"{HF}.self_attn.rotary_emb.inv_freq"}),
+    Buffer({"gguf": "rope_freqs.weight"}),
+)
+HEAD = Linear("lm_head", "V D", hf="lm_head.weight", gguf="output.weight")
+TIED_HEAD = Tied({"hf": "lm_head.weight"}, to={"hf": "model.embed_tokens.weight"})
+
+#: Submodules that hold no parameter of their own, by our path and Hugging Face's.
+MODULES = {"layers.{i}": HF, "layers.{i}.attn": f"{HF}.self_attn", "layers.{i}.mlp": f"{HF}.mlp"}
+
+
+def weight_map(config: LlamaConfig) -> WeightMap:
+    """The table for one configuration: the letters are those of the design page, r = 2 and h = H/2."""
+    return WeightMap(
+        rows=(*ROWS, TIED_HEAD if config.tie_word_embeddings else HEAD),
+        sizes={
+            "V": config.vocab_size,
+            "D": config.hidden_size,
+            "F": config.intermediate_size,
+            "N": config.num_attention_heads,
+            "K": config.num_key_value_heads,
+            "H": config.head_dim,
+            "r": 2,
+            "h": config.head_dim // 2,
+        },
+        counts={"i": config.num_hidden_layers},
+        modules=MODULES,
+    )
