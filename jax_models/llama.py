@@ -52,7 +52,7 @@ class Attention(nnx.Module):
         v = self.v_proj(x).reshape(B, T, -1, self.head_dim)  # [B, T, K, H]
         q = rotate(q, context.cos, context.sin)
         k = rotate(k, context.cos, context.sin)
-        if cache is not None:
+        if cache is not None and context.slots is not None:
             cache = store(cache, i, context.slots, k, v)
             k, v = cache.k[i], cache.v[i]  # [B, S+1, K, H]
         x = attend(q, k, v, context.mask)  # [B, T, N, H]

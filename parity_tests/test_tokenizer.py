@@ -227,26 +227,39 @@ def test_demo_chat_matches_transformers(demo, reference):
 
 
 TEMPLATES = [
-    "{% for m in messages %}\n  {% if m.role == 'user' %}\n[{{ m.content | trim }}]\n  {% endif %}\n{% endfor %}\n",
-    "{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ loop.index }}/{{ loop.length }}{% endfor %}",
+    "{% for m in messages %}\n  {% if m.role == 'user' %}\n[{{ m.content | trim }}"
+    "]\n  {% endif %}\n{% endfor %}\n",
+    "{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ loop.index }}"
+    "/{{ loop.length }}{% endfor %}",
     "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}",
     "{{ messages | tojson }}{{ messages[0] | tojson(indent=4) }}{{ {'é': [1, 2.5, none, true]} | tojson }}",
-    "{{ messages | tojson(separators=(',', ':'), sort_keys=true, ensure_ascii=true) }}{{ [] | tojson(indent=2) }}",
+    "{{ messages | tojson(separators=(',', ':'), sort_keys=true, ensure_ascii=true) }}"
+    "{{ [] | tojson(indent=2) }}",
     "{% set ns = namespace(n=0, t='') %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
-    "{% set ns.t = ns.t ~ m.role ~ ns.n %}{% endfor %}{{ ns.t }}{{ ns.n * 3 }}{{ 2 ** 10 }}{{ 7 % 4 }}{{ 'ab' * 2 }}",
-    "{% macro tag(a, b='x') %}<{{ a }}{{ b }}{{ varargs }}{{ kwargs }}>{% endmacro %}{{ tag(1) }}{{ tag(1, 2, 3, c=4) }}",
-    "{% set x %}{{ messages[0].content }}{% endset %}{{ x | upper }}{{ x | length }}{{ x | replace('i', 'oo') }}",
+    "{% set ns.t = ns.t ~ m.role ~ ns.n %}{% endfor %}{{ ns.t }}{{ ns.n * 3 }}{{ 2 ** 10 }}"
+    "{{ 7 % 4 }}{{ 'ab' * 2 }}",
+    "{% macro tag(a, b='x') %}<{{ a }}{{ b }}{{ varargs }}{{ kwargs }}>{% endmacro %}"
+    "{{ tag(1) }}{{ tag(1, 2, 3, c=4) }}",
+    "{% set x %}{{ messages[0].content }}{% endset %}{{ x | upper }}{{ x | length }}"
+    "{{ x | replace('i', 'oo') }}",
     "{{ messages | map(attribute='role') | join(', ') }}{{ messages | join('; ', attribute='role') }}",
-    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ messages[::-1][0].role | title }}",
-    "{{ 'a,b'.split(',') | join('-') }}{{ '{} and {:>5}'.format('x', 2) }}{{ '%s=%d' % ('x', 3) }}{{ '%s' % 'y' }}",
+    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}"
+    "{{ messages[::-1][0].role | title }}",
+    "{{ 'a,b'.split(',') | join('-') }}{{ '{} and {:>5}'.format('x', 2) }}"
+    "{{ '%s=%d' % ('x', 3) }}{{ '%s' % 'y' }}",
     "{{ ', '.join(['a', 'b']) }}{{ 'aXbX'.replace('X', 'yy') }}{{ '  x '.strip() }}{{ 'xyx'.strip('x') }}",
     "{{ '\\n' ~ 'a\\nb' | indent(2) ~ 'a\\nb' | indent(width=3, first=true) }}{{ '%s!' | format('q') }}",
-    "{% set a, b = (1, [2, {'c': 3}]) %}{{ a }}{{ b }}{{ {'k': (1, 2)} }}{{ dict(a=1) }}{% for k, v in {'q': 1}.items() %}"
+    "{% set a, b = (1, [2, {'c': 3}]) %}{{ a }}{{ b }}{{ {'k': (1, 2)} }}{{ dict(a=1) }}"
+    "{% for k, v in {'q': 1}.items() %}"
     "{{ k }}{{ v }}{% endfor %}",
-    "{{ bos_token is defined }}{{ tools is none }}{{ documents is none }}{{ nothing }}{{ add_generation_prompt }}",
-    "{% for m in messages recursive %}{% if m is mapping %}{{ loop([m.role]) }}{% else %}{{ m }}{% endif %}{% endfor %}",
-    "{{- messages[0]['content'] | default('x') -}} {%- if not messages -%} {%- endif -%} {{ none | default('z', true) }}",
-    "{{ 'x' in messages[0].content }}{{ messages[0].content.startswith(('H', 'x')) }}{{ messages[0].get('y') }}",
+    "{{ bos_token is defined }}{{ tools is none }}{{ documents is none }}{{ nothing }}"
+    "{{ add_generation_prompt }}",
+    "{% for m in messages recursive %}{% if m is mapping %}{{ loop([m.role]) }}{% else %}"
+    "{{ m }}{% endif %}{% endfor %}",
+    "{{- messages[0]['content'] | default('x') -}} {%- if not messages -%} {%- endif -%}"
+    " {{ none | default('z', true) }}",
+    "{{ 'x' in messages[0].content }}{{ messages[0].content.startswith(('H', 'x')) }}"
+    "{{ messages[0].get('y') }}",
     "{{ strftime_now('%Y') }}",
 ]
 
@@ -310,7 +323,8 @@ HARMFUL = {
     "join": GROW.replace("BODY", "[ns.x, ns.x] | join"),
     "concat": GROW.replace("BODY", "ns.x ~ ns.x"),
     "plus": GROW.replace("BODY", "ns.x + ns.x"),
-    "set block": "{% set ns = namespace(x='aa') %}{% for i in range(60) %}{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}"
+    "set block": "{% set ns = namespace(x='aa') %}{% for i in range(60) %}{% set y %}{{ ns.x }}{{ ns.x }}"
+    "{% endset %}"
     "{% set ns.x = y %}{% endfor %}",
     "replace": "{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}",
     "replace filter": "{{ ('a' * 1000000) | replace('', 'b' * 1000000) }}",

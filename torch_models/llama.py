@@ -52,7 +52,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).reshape(B, T, -1, self.head_dim)  # [B, T, K, H]
         q = rotate(q, context.cos, context.sin)
         k = rotate(k, context.cos, context.sin)
-        if cache is not None:
+        if cache is not None and context.slots is not None:
             cache = store(cache, i, context.slots, k, v)
             k, v = cache.k[i], cache.v[i]  # [B, S+1, K, H]
         x = attend(q, k, v, context.mask)  # [B, T, N, H]
@@ -144,7 +144,9 @@ class Llama(nn.Module):
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Logits, with the embedding itself as the matrix where the two are tied. [B, T, D] -> [B, T, V]"""
-        return nn.functional.linear(x, self.embed.weight) if self.config.tie_word_embeddings else self.lm_head(x)
+        return (
+            nn.functional.linear(x, self.embed.weight) if self.config.tie_word_embeddings else self.lm_head(x)
+        )
 
     def empty_cache(self, batch: int, length: int) -> KVCache:
         """A cache for `batch` sequences of up to `length` positions."""

@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinformers.checkpoints import Checkpoint, convert, open_checkpoint
+from twinformers.checkpoints import Checkpoint, convert, opened
 from twinformers.checkpoints.dtypes import check_dtype
 from twinformers.errors import MissingDependency, SourceError, UsageError
 
@@ -38,9 +38,7 @@ def load(source: Source, framework: str, dtype: str = "float32", device: Any = N
             f"{framework} is not installed ({error.name})", hint=f"pip install 'twinformers[{framework}]'"
         ) from None
     build = _load_jax if framework == "jax" else _load_torch
-    if isinstance(source, Checkpoint):
-        return build(source, dtype, device)
-    with open_checkpoint(source) as checkpoint:
+    with opened(source) as checkpoint:
         return build(checkpoint, dtype, device)
 
 
@@ -49,7 +47,7 @@ def _load_jax(checkpoint: Checkpoint, dtype: str, device: Any) -> Any:
     import jax.numpy as jnp
     from flax import nnx
 
-    if dtype == "float64" and not jax.config.jax_enable_x64:
+    if dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise UsageError(
             "JAX would silently make float32 of float64",
             where="dtype",
@@ -60,10 +58,10 @@ def _load_jax(checkpoint: Checkpoint, dtype: str, device: Any) -> Any:
     # Shapes only: no parameter exists until the checkpoint's own is put in its place.
     skeleton = nnx.eval_shape(lambda: cls(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(skeleton)
-    params = nnx.to_pure_dict(state)
+    params: dict[Any, Any] = nnx.to_pure_dict(state)
     for name, array in convert(checkpoint, "jax", dtype):
         *parents, leaf = [int(part) if part.isdecimal() else part for part in name.split(".")]
-        node = params
+        node: Any = params
         for part in parents:
             node = node[part]
         # may_alias False: the array must outlive the checkpoint's buffers.
@@ -93,9 +91,7 @@ def _load_torch(checkpoint: Checkpoint, dtype: str, device: Any) -> Any:
 
 def load_config(source: Source) -> Config:
     """The configuration of a source; no weights are read."""
-    if isinstance(source, Checkpoint):
-        return source.config
-    with open_checkpoint(source) as checkpoint:
+    with opened(source) as checkpoint:
         return checkpoint.config
 
 
@@ -103,7 +99,7 @@ def load_tokenizer(source: Source) -> Tokenizer:
     """The tokenizer of a source. Raises SourceError where it has none."""
     from twinformers.checkpoints.tokenizer import Tokenizer
 
-    with open_checkpoint(source) as checkpoint:
+    with opened(source) as checkpoint:
         if "tokenizer.json" not in checkpoint.assets:
             raise SourceError(
                 "the source has no tokenizer",

@@ -19,7 +19,9 @@ def check_dtype(name: str, *, keep: bool = False) -> str:
     """The name itself. Raises UsageError for what is no float type of a checkpoint."""
     allowed = (("keep",) if keep else ()) + DTYPES
     if name not in allowed:
-        raise UsageError("unknown dtype", where="dtype", expected=f"one of {', '.join(allowed)}", found=repr(name))
+        raise UsageError(
+            "unknown dtype", where="dtype", expected=f"one of {', '.join(allowed)}", found=repr(name)
+        )
     return name
 
 
@@ -32,7 +34,7 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 def stored_dtype(dtype: str, stored: str) -> str:
-    """What a tensor stored as `stored` becomes when `dtype` is asked for; a quantised one is kept as float32."""
+    """What a tensor stored as `stored` becomes when `dtype` is asked for; quantised ones are kept as float32."""
     if dtype != "keep":
         return dtype
     return stored if stored in DTYPES else "float32"

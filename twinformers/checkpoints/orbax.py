@@ -72,7 +72,9 @@ class OrbaxFolder(FolderCheckpoint):
                 tree = ocp.metadata(self._path).metadata
         except Exception as error:  # Orbax raises many types, from its own to tensorstore's
             raise FormatError(
-                "not a readable Orbax checkpoint", where=str(self._path), found=str(error).splitlines()[0][:300]
+                "not a readable Orbax checkpoint",
+                where=str(self._path),
+                found=str(error).splitlines()[0][:300],
             ) from None
         if not isinstance(tree, Mapping) or any(not hasattr(leaf, "shape") for leaf in tree.values()):
             raise FormatError(
@@ -80,7 +82,9 @@ class OrbaxFolder(FolderCheckpoint):
                 where=str(self._path),
                 hint="only folders written by `twinformers port --to jax` are read",
             )
-        self._tensors = {k: TensorInfo(tuple(m.shape), str(m.dtype), str(self._path)) for k, m in tree.items()}
+        self._tensors = {
+            k: TensorInfo(tuple(m.shape), str(m.dtype), str(self._path)) for k, m in tree.items()
+        }
         for name, info in self._tensors.items():
             if info.dtype not in DTYPES:
                 raise FormatError(
@@ -100,7 +104,8 @@ class OrbaxFolder(FolderCheckpoint):
             from twinformers.weight_maps import weight_map
 
             order = [n for n in weight_map(self.config).leaves("jax") if n in self._tensors]
-            group, size = [], 0
+            group: list[str] = []
+            size = 0
             for n in order[order.index(name) :] if name in order else [name]:
                 info = self._tensors[n]
                 size += info.size * numpy_dtype(info.dtype).itemsize

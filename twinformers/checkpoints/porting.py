@@ -18,7 +18,7 @@ from twinformers.checkpoints.base import Checkpoint
 from twinformers.checkpoints.dtypes import cast, check_dtype, stored_dtype
 from twinformers.checkpoints.folders import MARKER, TOKEN_IDS, VERSION
 from twinformers.checkpoints.safetensors_io import Entry, write_shards
-from twinformers.checkpoints.sources import open_checkpoint
+from twinformers.checkpoints.sources import opened
 from twinformers.errors import DestinationError, UsageError, WeightsError
 from twinformers.weight_maps import weight_map
 
@@ -86,9 +86,7 @@ def _check_tied(checkpoint: Checkpoint) -> None:
             )
 
 
-def convert(
-    checkpoint: Checkpoint, side: str, dtype: str = "keep"
-) -> Iterator[tuple[str, np.ndarray]]:
+def convert(checkpoint: Checkpoint, side: str, dtype: str = "keep") -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor by its name on `side` ("hf", "torch", "jax"), one at a time, in that side's layout."""
     check_dtype(dtype, keep=True)
     for entry in entries(checkpoint, side, dtype):
@@ -112,13 +110,15 @@ def port(
     Raises TwinformersError's subclasses for a bad source, an existing destination or a full disk.
     """
     if to not in TARGETS:
-        raise UsageError("unknown format", where="to", expected=f"one of {', '.join(TARGETS)}", found=repr(to))
+        raise UsageError(
+            "unknown format", where="to", expected=f"one of {', '.join(TARGETS)}", found=repr(to)
+        )
     check_dtype(dtype, keep=True)
     if shard_size <= 0:
         raise UsageError("bad value", where="shard_size", expected="a positive number", found=str(shard_size))
     start = time.perf_counter()
     dest = Path(destination).expanduser()
-    with open_checkpoint(source) as checkpoint, _new_folder(dest, checkpoint, overwrite) as folder:
+    with opened(source) as checkpoint, _new_folder(dest, checkpoint, overwrite) as folder:
         plan = entries(checkpoint, to, dtype)
         done = 0
 
@@ -195,9 +195,9 @@ def _new_folder(dest: Path, checkpoint: Checkpoint, overwrite: bool) -> Iterator
         dest.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                _sync(path)
         _sync(temporary)
         if dest.exists():
             old = dest.parent / f".{dest.name}.{uuid.uuid4().hex[:8]}.old"

@@ -131,7 +131,7 @@ def write_safetensors(
                     found=f"{array.dtype} {list(array.shape)}",
                 )
             # The view as bytes is free, and bfloat16 has no buffer protocol of its own.
-            file.write(memoryview(array.reshape(-1).view(np.uint8)))
+            file.write(array.reshape(-1).view(np.uint8).data)
             on_tensor(e)
 
 

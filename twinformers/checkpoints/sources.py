@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from twinformers.checkpoints.base import Checkpoint
@@ -33,7 +35,19 @@ def open_checkpoint(source: str | Path | Checkpoint) -> Checkpoint:
         return _open_path(text, path)
     if (match := HUB_ID.fullmatch(text)) and not text.startswith("."):
         return _open_path(text, _download(match["repo"], match["revision"]))
-    raise SourceError("no such source", where=text, expected=GRAMMAR, hint="check the path for a typing mistake")
+    raise SourceError(
+        "no such source", where=text, expected=GRAMMAR, hint="check the path for a typing mistake"
+    )
+
+
+@contextlib.contextmanager
+def opened(source: str | Path | Checkpoint) -> Iterator[Checkpoint]:
+    """`open_checkpoint` for a block, closed after it; what the caller opened stays open."""
+    if isinstance(source, Checkpoint):
+        yield source
+        return
+    with open_checkpoint(source) as checkpoint:
+        yield checkpoint
 
 
 def demo_path() -> Path:
@@ -68,7 +82,7 @@ def _open_path(source: str, path: Path) -> Checkpoint:
     if path.suffix == ".gguf" and path.is_file():
         from twinformers.checkpoints.gguf import GGUFCheckpoint
 
-        return GGUFCheckpoint(source, path)
+        return GGUFCheckpoint(path)
     raise SourceError("not a checkpoint", where=str(path), expected="a folder, or a .gguf file")
 
 

@@ -196,6 +196,12 @@ class _TimeUp(BaseException):
     """Not an Exception: jinja2 swallows some, and a trace function that raised is not called again."""
 
 
+@functools.lru_cache(maxsize=4)  # compiling takes most of the time, and a conversation renders at every turn
+def _compiled(source: str) -> tuple[_Sandbox, jinja2.Template]:
+    sandbox = _Sandbox()
+    return sandbox, sandbox.from_string(source)
+
+
 def _render(source: str, variables: Mapping[str, Any], where: str) -> str:
     """The template's output. Raises FormatError for whatever goes wrong in it."""
     end = time.monotonic() + MAX_SECONDS
@@ -211,8 +217,9 @@ def _render(source: str, variables: Mapping[str, Any], where: str) -> str:
     try:
         if len(source) > MAX_TEMPLATE:
             raise SecurityError(f"it is longer than {MAX_TEMPLATE} characters")
-        sandbox = _Sandbox()
-        return sandbox.concat(sandbox.from_string(source).generate(variables))
+        sandbox, template = _compiled(source)
+        sandbox.work = 0
+        return sandbox.concat(template.generate(variables))
     except _TimeUp:
         problem = f"it took longer than {MAX_SECONDS} seconds"
     except Exception as error:  # a template can raise anything

@@ -94,7 +94,7 @@ def config_from_gguf(
     read: Callable[[str], Any],
     where: str,
 ) -> Config:
-    """The configuration in a GGUF file's metadata; `read` gives a tensor where hyper-parameters are stored in one."""
+    """The configuration in a GGUF file's metadata; `read` gives a tensor that holds hyper-parameters."""
     key = "general.architecture"
     known = {a: a for a in architectures() if "from_gguf" in vars(config_class(a))}
     cls = config_class(_supported(metadata.get(key), known, f"{where}: {key}"))

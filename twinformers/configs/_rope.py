@@ -65,7 +65,7 @@ class RopeScaling:
 
 
 def rotary_frequencies(head_dim: int, rope_theta: float, scaling: RopeScaling | None) -> tuple[float, ...]:
-    """The head_dim/2 angular frequencies in radians per position (Su et al. 2021, arXiv:2104.09864, eq. 15)."""
+    """The head_dim/2 frequencies in radians per position (Su et al. 2021, arXiv:2104.09864, eq. 15)."""
     frequencies = [rope_theta ** (-2 * j / head_dim) for j in range(head_dim // 2)]
     if scaling is None:
         return tuple(frequencies)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from twinformers.errors import UsageError
@@ -30,3 +31,35 @@ class Sampling:
         ):
             if not ok:
                 raise UsageError("bad value", where=name, expected=expected, found=str(getattr(self, name)))
+
+
+def bucket(length: int) -> int:
+    """The next power of two from 16 on: few shapes to compile for, whatever the lengths that come."""
+    return max(16, 1 << (int(length) - 1).bit_length())
+
+
+def check_prompts(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, vocab_size: int, max_positions: int
+) -> None:
+    """Raise UsageError for what a model cannot continue; the frameworks differ in what they do unchecked."""
+    if max_new_tokens < 1:
+        raise UsageError("bad value", where="max_new_tokens", expected=">= 1", found=str(max_new_tokens))
+    if not prompts or not all(len(p) for p in prompts):
+        raise UsageError("a prompt is empty", where="prompts", expected="at least one token in each")
+    for row, prompt in enumerate(prompts):
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            bad = next(t for t in prompt if not 0 <= t < vocab_size)
+            raise UsageError(
+                "token outside the vocabulary",
+                where=f"prompt {row}",
+                expected=f"0 to {vocab_size - 1}",
+                found=str(bad),
+            )
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > max_positions:
+        raise UsageError(
+            "more positions than the model was made for",
+            where="max_new_tokens",
+            expected=f"prompt and new tokens together at most {max_positions}",
+            found=f"{longest} + {max_new_tokens}",
+        )

@@ -20,12 +20,35 @@ log = logging.getLogger(__name__)
 
 #: Fields of config.json that say nothing about the mathematics of a forward pass.
 NEUTRAL_FIELDS = frozenset(
-    """
-    _name_or_path architectures auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id id2label
-    initializer_range is_decoder is_encoder_decoder is_llama_config label2id license model_type
-    output_attentions output_hidden_states pad_token_id pretraining_tp problem_type return_dict
-    tokenizer_class torch_dtype transformers_version transformers.js_config unk_token_id use_cache
-    """.split()
+    {
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "is_encoder_decoder",
+        "is_llama_config",
+        "label2id",
+        "license",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers.js_config",
+        "transformers_version",
+        "unk_token_id",
+        "use_cache",
+    }
 )
 
 C = TypeVar("C", bound="Config")

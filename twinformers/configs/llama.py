@@ -86,7 +86,9 @@ class LlamaConfig(Config):
         """Theta and scaling: `rope_parameters` since transformers 5, two separate fields before."""
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if not isinstance(rope, Mapping):
-            raise ConfigError("bad value", where="rope_parameters", expected="an object", found=repr(rope)[:200])
+            raise ConfigError(
+                "bad value", where="rope_parameters", expected="an object", found=repr(rope)[:200]
+            )
         theta = rope.get("rope_theta", raw.get("rope_theta"))
         kind = rope.get("rope_type", rope.get("type", "default"))
         scaling = None
@@ -101,7 +103,11 @@ class LlamaConfig(Config):
                     found=repr(rope[unknown[0]]),
                 )
             scaling = RopeScaling(**{"factor": None, **given, "rope_type": kind})
-        if (partial := rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))) not in (None, 1, 1.0):
+        if (partial := rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))) not in (
+            None,
+            1,
+            1.0,
+        ):
             raise ConfigError(
                 "the configuration asks for what is not implemented",
                 where="partial_rotary_factor",
@@ -207,7 +213,8 @@ def _llama3_scaling(values: dict[str, Any], divisors: Any, where: str) -> RopeSc
     plain = rotary_frequencies(head_dim, theta, None)
     scaled = rotary_frequencies(head_dim, theta, scaling)
     worst = max(
-        (abs(d * s / p - 1.0) for d, s, p in zip(map(float, divisors), scaled, plain, strict=False)), default=1.0
+        (abs(d * s / p - 1.0) for d, s, p in zip(map(float, divisors), scaled, plain, strict=False)),
+        default=1.0,
     )
     if len(divisors) != len(plain) or worst > 1e-5:  # the divisors are float32, computed in float32
         raise ConfigError(
@@ -281,7 +288,5 @@ PRESETS: dict[str, LlamaConfig] = {
     "smollm2-135m": _preset(49152, 576, 1536, 30, 9, 3, theta=1e5, length=8192, tied=True),
     "smollm2-360m": _preset(49152, 960, 2560, 32, 15, 5, theta=1e5, length=8192, tied=True),
     "smollm2-1.7b": _preset(49152, 2048, 8192, 24, 32, 32, theta=1.3e5, length=8192, tied=True),
-    "llama-tiny": _preset(
-        251, 48, 88, 3, 6, 2, head_dim=10, theta=7e4, length=1024, scaling=_llama3(8.0)
-    ),
+    "llama-tiny": _preset(251, 48, 88, 3, 6, 2, head_dim=10, theta=7e4, length=1024, scaling=_llama3(8.0)),
 }

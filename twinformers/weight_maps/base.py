@@ -207,7 +207,7 @@ class WeightMap:
                 where=f"{tensors[extra[0]].file or where}: {_some(extra)}",
                 expected=f"the {len(leaves)} tensors of this configuration",
                 found=f"{len(tensors)} tensors",
-                hint="config.json belongs to another model, or the checkpoint to a variant that is not implemented",
+                hint="config.json belongs to another model, or to a variant that is not implemented",
             )
         shapes = {name: leaf.shape(side) for name, leaf in leaves.items()}
         shapes |= {name: shapes[to] for name, to in self.tied(side).items() if name in tensors}

@@ -43,9 +43,13 @@ ROWS: tuple[Row | Buffer, ...] = (
         hf=f"{HF}.post_attention_layernorm.weight",
         gguf=f"{GGUF}.ffn_norm.weight",
     ),
-    Linear("layers.{i}.mlp.gate_proj", "F D", hf=f"{HF}.mlp.gate_proj.weight", gguf=f"{GGUF}.ffn_gate.weight"),
+    Linear(
+        "layers.{i}.mlp.gate_proj", "F D", hf=f"{HF}.mlp.gate_proj.weight", gguf=f"{GGUF}.ffn_gate.weight"
+    ),
     Linear("layers.{i}.mlp.up_proj", "F D", hf=f"{HF}.mlp.up_proj.weight", gguf=f"{GGUF}.ffn_up.weight"),
-    Linear("layers.{i}.mlp.down_proj", "D F", hf=f"{HF}.mlp.down_proj.weight", gguf=f"{GGUF}.ffn_down.weight"),
+    Linear(
+        "layers.{i}.mlp.down_proj", "D F", hf=f"{HF}.mlp.down_proj.weight", gguf=f"{GGUF}.ffn_down.weight"
+    ),
     Norm("norm", "D", hf="model.norm.weight", gguf="output_norm.weight"),
     # Written by old versions of transformers and of llama.cpp; the configuration determines both.
     Buffer({"hf": f"{HF}.self_attn.rotary_emb.inv_freq"}),

@@ -1,0 +1,106 @@
+"""Generation for every causal twin: prefill in buckets, one compiled decoding step, a donated cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_models.random import fold_in, gumbel, key
+from twinformers.configs import Sampling
+from twinformers.configs._sampling import bucket, check_prompts
+
+
+def choose(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
+    """The next token of each row. [B, V] -> [B]
+
+    Greedy at temperature 0. Otherwise float32 logits over temperature; those below the k-th largest are
+    dropped (ties with it stay), then those outside the smallest set whose probability reaches p; what is
+    left plus Gumbel noise decides. Row b draws from `fold_in(key, b)`.
+    """
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1)
+    logits = logits.astype(jnp.float32) / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]  # [B, 1]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        ranked = -jnp.sort(-logits, axis=-1)  # [B, V]
+        weights = jax.nn.softmax(ranked, axis=-1)
+        kept = jnp.cumsum(weights, axis=-1) - weights < sampling.top_p  # what precedes has not reached p
+        least = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)  # [B, 1]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    # vs torch: vmap writes the loop over rows
+    noise = jax.vmap(lambda row: gumbel(fold_in(key, row), logits.shape[1:]))(jnp.arange(logits.shape[0]))
+    return jnp.argmax(logits + noise, axis=-1)
+
+
+class Generator:
+    """Holds one model and its compiled functions: `for tokens in Generator(model).stream(prompts, ...)`."""
+
+    def __init__(self, model: Any):
+        self.config = model.config
+        self._empty_cache = model.empty_cache
+        # vs torch: split once and pass pure leaves; see jax_models.functional
+        graphdef, state = nnx.split(model)
+        self._params = nnx.to_pure_dict(state)
+
+        @partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
+        def step(params, tokens, positions, last, cache, key, count, sampling):
+            model = nnx.merge(graphdef, params)
+            x, cache = model.hidden(tokens, positions, cache)  # [B, T, D]
+            x = jnp.take_along_axis(x, last[:, None, None], axis=1)  # [B, 1, D]
+            chosen = choose(model.head(x)[:, 0], sampling, fold_in(key, count))  # [B]
+            return chosen.astype(jnp.int32), cache
+
+        self._step = step
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop_tokens: Sequence[int] = (),
+        sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
+    ) -> Iterator[list[int | None]]:
+        """Yield one token per row and step, None for rows that have finished.
+
+        A stop token is yielded, then its row is finished. Prompts may differ in length. Raises UsageError
+        for an empty prompt, a token outside the vocabulary, or more positions than the model was made for.
+        """
+        check_prompts(prompts, max_new_tokens, self.config.vocab_size, self.config.max_position_embeddings)
+        lengths = np.array([len(p) for p in prompts], np.int32)  # [B]
+        width = bucket(lengths.max())
+        tokens, positions = (
+            np.zeros((len(prompts), width), np.int32),
+            np.full((len(prompts), width), -1, np.int32),
+        )
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)], positions[row, : len(prompt)] = prompt, np.arange(len(prompt))
+        cache = self._empty_cache(len(prompts), bucket(lengths.max() + max_new_tokens))
+        seed, first = key(sampling.seed), np.zeros_like(lengths)
+        chosen, cache = self._step(
+            self._params, tokens, positions, lengths - 1, cache, seed, 0, sampling=sampling
+        )
+        running = np.ones(len(prompts), bool)
+        for count in range(1, max_new_tokens + 1):
+            out = np.asarray(chosen).tolist()
+            yield [token if alive else None for token, alive in zip(out, running, strict=True)]
+            running &= ~np.isin(out, list(stop_tokens))
+            if count == max_new_tokens or not running.any():
+                return
+            chosen, cache = self._step(
+                self._params,
+                chosen[:, None],
+                (lengths + count - 1)[:, None],
+                first,
+                cache,
+                seed,
+                count,
+                sampling=sampling,
+            )

@@ -1,0 +1,38 @@
+"""Options that say where each framework runs, and what several test files need."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--jax-device", default="cpu", help="where the Flax twin runs: cpu, gpu or tpu")
+    parser.addoption("--torch-device", default="cpu", help="where the PyTorch twin runs: cpu or cuda")
+
+
+@pytest.fixture(scope="session")
+def jax_device(request):
+    import jax
+
+    return jax.devices(request.config.getoption("--jax-device"))[0]
+
+
+@pytest.fixture(scope="session")
+def torch_device(request):
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return torch.device(request.config.getoption("--torch-device"))
+
+
+@pytest.fixture(autouse=True)
+def _highest_precision():
+    import jax
+
+    with jax.default_matmul_precision("highest"):
+        yield

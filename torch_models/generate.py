@@ -1,0 +1,99 @@
+"""Generation for every causal twin: prefill in buckets, one decoding step, a cache written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from torch_models.random import fold_in, gumbel, key
+from twinformers.configs import Sampling
+from twinformers.configs._sampling import bucket, check_prompts
+
+
+def choose(logits: torch.Tensor, sampling: Sampling, key: torch.Tensor) -> torch.Tensor:
+    """The next token of each row. [B, V] -> [B]
+
+    Greedy at temperature 0. Otherwise float32 logits over temperature; those below the k-th largest are
+    dropped (ties with it stay), then those outside the smallest set whose probability reaches p; what is
+    left plus Gumbel noise decides. Row b draws from `fold_in(key, b)`.
+    """
+    if sampling.temperature == 0:
+        return torch.argmax(logits, dim=-1)
+    logits = logits.float() / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = torch.topk(logits, sampling.top_k).values[:, -1:]  # [B, 1]
+        logits = torch.where(logits < least, -torch.inf, logits)
+    if sampling.top_p < 1:
+        ranked = torch.sort(logits, dim=-1, descending=True).values  # [B, V]
+        weights = torch.softmax(ranked, dim=-1)
+        kept = torch.cumsum(weights, dim=-1) - weights < sampling.top_p  # what precedes has not reached p
+        least = torch.where(kept, ranked, torch.inf).amin(dim=-1, keepdim=True)  # [B, 1]
+        logits = torch.where(logits < least, -torch.inf, logits)
+    # vs jax: the loop over rows is written out
+    noise = torch.stack([gumbel(fold_in(key, row), logits.shape[1:]) for row in range(logits.shape[0])])
+    return torch.argmax(logits + noise, dim=-1)
+
+
+class Generator:
+    """Holds one model: `for tokens in Generator(model).stream(prompts, ...)`."""
+
+    def __init__(self, model: Any):
+        self.config = model.config
+        self._empty_cache = model.empty_cache
+        self._model = model
+
+    @torch.inference_mode()
+    def _step(self, tokens, positions, last, cache, key, count, sampling):
+        x, cache = self._model.hidden(tokens, positions, cache)  # [B, T, D]
+        x = torch.take_along_dim(x, last[:, None, None], dim=1)  # [B, 1, D]
+        chosen = choose(self._model.head(x)[:, 0], sampling, fold_in(key, count))  # [B]
+        return chosen.to(torch.int32), cache
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop_tokens: Sequence[int] = (),
+        sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
+    ) -> Iterator[list[int | None]]:
+        """Yield one token per row and step, None for rows that have finished.
+
+        A stop token is yielded, then its row is finished. Prompts may differ in length. Raises UsageError
+        for an empty prompt, a token outside the vocabulary, or more positions than the model was made for.
+        """
+        check_prompts(prompts, max_new_tokens, self.config.vocab_size, self.config.max_position_embeddings)
+        device = next(self._model.parameters()).device
+        lengths = np.array([len(p) for p in prompts], np.int32)  # [B]
+        width = bucket(lengths.max())
+        tokens, positions = (
+            np.zeros((len(prompts), width), np.int32),
+            np.full((len(prompts), width), -1, np.int32),
+        )
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)], positions[row, : len(prompt)] = prompt, np.arange(len(prompt))
+        cache = self._empty_cache(len(prompts), bucket(lengths.max() + max_new_tokens))
+        seed, first = key(sampling.seed, device), torch.zeros(len(prompts), dtype=torch.int64, device=device)
+        ends = torch.from_numpy(lengths).to(device)
+        chosen, cache = self._step(
+            torch.from_numpy(tokens).to(device),
+            torch.from_numpy(positions).to(device),
+            ends.long() - 1,
+            cache,
+            seed,
+            0,
+            sampling,
+        )
+        running = np.ones(len(prompts), bool)
+        for count in range(1, max_new_tokens + 1):
+            out = chosen.tolist()
+            yield [token if alive else None for token, alive in zip(out, running, strict=True)]
+            running &= ~np.isin(out, list(stop_tokens))
+            if count == max_new_tokens or not running.any():
+                return
+            chosen, cache = self._step(
+                chosen[:, None], (ends + count - 1)[:, None], first, cache, seed, count, sampling
+            )

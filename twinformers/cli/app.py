@@ -1,0 +1,102 @@
+"""The verbs' signatures. Bodies live in one module per verb and are imported when the verb runs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from twinformers.errors import TwinformersError
+
+app = typer.Typer(
+    help="Every transformer written twice, in Flax NNX and in PyTorch, and proven equal.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Source = Annotated[
+    str, typer.Argument(help="A path, preset:NAME[@SEED], demo, or a hub id org/name[@revision].")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
+Text = Optional[str]  # noqa: UP045  (typer resolves annotations at run time)
+
+
+@app.command("list", epilog="Example: twinformers list --json")
+def list_(json: Json = False) -> None:
+    """List architectures and presets with their parameter counts."""
+    from twinformers.cli import list as verb
+
+    verb.run(json=json)
+
+
+@app.command(epilog="Example: twinformers inspect demo")
+def inspect(source: Source, json: Json = False) -> None:
+    """Show format, configuration, parameters and tensors of a source; reads headers only."""
+    from twinformers.cli import inspect as verb
+
+    verb.run(source, json=json)
+
+
+@app.command(epilog="Example: twinformers port demo ./smollm2-jax --to jax --dtype bfloat16")
+def port(
+    source: Source,
+    dest: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="hf, torch or jax.")],
+    dtype: Annotated[str, typer.Option(help="keep, float64, float32, bfloat16 or float16.")] = "keep",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a source as a Hugging Face, PyTorch or Flax folder."""
+    from twinformers.cli import port as verb
+
+    verb.run(source, dest, to=to, dtype=dtype, overwrite=overwrite, json=json)
+
+
+@app.command(epilog='Example: twinformers generate demo --framework both --chat --prompt "Who are you?"')
+def generate(
+    source: Source,
+    prompt: Annotated[str, typer.Option(help="The text to continue, or with --chat to answer.")],
+    framework: Annotated[str, typer.Option(help="jax, torch or both.")] = "jax",
+    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that sum to p.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same tokens in both frameworks.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    json: Json = False,
+) -> None:
+    """Continue a prompt, streaming the text."""
+    from twinformers.cli import generate as verb
+
+    verb.run(
+        source,
+        prompt,
+        framework=framework,
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed},
+        dtype=dtype,
+        json=json,
+    )
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line and give its exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        app(args=arguments, prog_name="twinformers", standalone_mode=True)
+    except TwinformersError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    return 0

@@ -1,0 +1,53 @@
+"""`twinformers generate`"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from twinformers.cli.output import print_json
+from twinformers.configs import Sampling
+from twinformers.generation import generate
+
+
+def run(
+    source: str,
+    prompt: str,
+    *,
+    framework: str,
+    chat: bool,
+    max_new_tokens: int,
+    sampling: dict[str, Any],
+    dtype: str,
+    json: bool,
+) -> None:
+    speaking = ""
+
+    def show(name: str, piece: str) -> None:
+        nonlocal speaking
+        if name != speaking and framework == "both":
+            sys.stdout.write(f"{chr(10) if speaking else ''}[{name}] ")
+        speaking = name
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    results = generate(
+        source,
+        prompt,
+        framework=framework,
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(**sampling),
+        dtype=dtype,
+        on_text=None if json else show,
+    )
+    if json:
+        print_json({"outputs": [r.to_dict() for r in results]})
+        return
+    print()
+    for r in results:
+        print(
+            f"{r.framework}: {len(r.tokens)} tokens, first after {r.prefill_seconds:.2f} s, "
+            f"then {r.decode_tokens_per_second:.1f} tokens/s",
+            file=sys.stderr,
+        )

@@ -1,0 +1,107 @@
+"""Text from a source: tokenizer, model and engine put together."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from twinformers.checkpoints import opened
+from twinformers.configs import Sampling
+from twinformers.errors import UsageError
+from twinformers.loading import FRAMEWORKS, Source, load, load_tokenizer
+
+if TYPE_CHECKING:
+    from twinformers.checkpoints.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """What one framework generated. `tokens` excludes the prompt and includes the stop token, if one came.
+
+    `prefill_seconds` is the time to the first token, compilation included.
+    """
+
+    framework: str
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    prefill_seconds: float
+    decode_tokens_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
+    """Token ids of a prompt; with `chat`, as the one message of a user, in the model's own template."""
+    if not chat:
+        return tokenizer.encode(prompt)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+    # The template writes the special tokens itself: adding them again would double the first one.
+    return tokenizer.encode(text, special=False)
+
+
+def generate(
+    source: Source,
+    prompt: str,
+    *,
+    framework: str = "jax",
+    chat: bool = False,
+    max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
+    dtype: str = "float32",
+    device: Any = None,
+    on_text: Callable[[str, str], None] | None = None,
+) -> list[GenerateResult]:
+    """Continue a prompt with "jax", "torch" or "both", one after the other; one result per framework.
+
+    `on_text(framework, piece)` receives the text as it appears. Raises UsageError for bad options and the
+    errors of loading the source.
+    """
+    frameworks: Sequence[str] = FRAMEWORKS if framework == "both" else (framework,)
+    if not set(frameworks) <= set(FRAMEWORKS):
+        raise UsageError(
+            "unknown framework", where="framework", expected="jax, torch or both", found=repr(framework)
+        )
+    with opened(source) as checkpoint:
+        tokenizer = load_tokenizer(checkpoint)
+        prompt_ids = encode_prompt(tokenizer, prompt, chat)
+        results = []
+        for name in frameworks:
+            model = load(checkpoint, name, dtype, device)
+            engine = importlib.import_module(f"{name}_models.generate").Generator(model)
+            tokens: list[int] = []
+            times = [time.perf_counter()]
+
+            def steps(engine: Any = engine, tokens: list[int] = tokens, times: list[float] = times):
+                for (token,) in engine.stream(
+                    [prompt_ids],
+                    max_new_tokens=max_new_tokens,
+                    stop_tokens=tokenizer.eos_ids,
+                    sampling=sampling or Sampling(),
+                ):
+                    times.append(time.perf_counter())
+                    tokens.append(token)
+                    yield token
+
+            pieces = []
+            for piece in tokenizer.stream(steps()):
+                pieces.append(piece)
+                if on_text and piece:
+                    on_text(name, piece)
+            decode = times[-1] - times[1]
+            results.append(
+                GenerateResult(
+                    framework=name,
+                    text="".join(pieces),
+                    tokens=tokens,
+                    prompt_tokens=len(prompt_ids),
+                    prefill_seconds=times[1] - times[0],
+                    decode_tokens_per_second=(len(tokens) - 1) / decode if decode > 0 else 0.0,
+                )
+            )
+            del model, engine
+    return results
