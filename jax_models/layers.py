@@ -122,5 +122,5 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
 
 
 def constrain(x: jax.Array, name: str) -> jax.Array:
-    """Mark an activation by name ("residual") as one whose sharding may be chosen; without a mesh, x itself."""
+    """Mark an activation by name ("residual") whose sharding may be chosen; without a mesh, x itself."""
     return x

@@ -126,5 +126,5 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 
 
 def constrain(x: torch.Tensor, name: str) -> torch.Tensor:
-    """Mark an activation by name ("residual") as one whose sharding may be chosen; without a mesh, x itself."""
+    """Mark an activation by name ("residual") whose sharding may be chosen; without a mesh, x itself."""
     return x

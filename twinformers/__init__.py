@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from twinformers.loading import load as load
     from twinformers.loading import load_config as load_config
     from twinformers.loading import load_tokenizer as load_tokenizer
-    from twinformers.parity.verify import VerifyReport as VerifyReport
-    from twinformers.parity.verify import verify as verify
 
 __version__ = "0.1.0"
 
@@ -27,14 +25,12 @@ _HOMES = {
     "GenerateResult": "generation",
     "PortResult": "checkpoints",
     "Sampling": "configs",
-    "VerifyReport": "parity.verify",
     "generate": "generation",
     "load": "loading",
     "load_config": "loading",
     "load_tokenizer": "loading",
     "open_checkpoint": "checkpoints",
     "port": "checkpoints",
-    "verify": "parity.verify",
 }
 __all__ = sorted(_HOMES)
 

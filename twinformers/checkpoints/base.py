@@ -1,4 +1,4 @@
-"""What every checkpoint looks like from outside, whatever its format: headers first, tensors one at a time."""
+"""What every checkpoint looks like from outside: headers first, tensors one at a time."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Checkpoint(ABC):
 
     @property
     def assets(self) -> Mapping[str, bytes]:
-        """The content of the files named in `ASSETS` that the source has (or that its metadata amounts to)."""
+        """The content of those files of `ASSETS` that the source has, or that its metadata amounts to."""
         return {}
 
     @property
@@ -78,7 +78,7 @@ class Checkpoint(ABC):
         """The paths of the files that the source consists of, for the destination-is-the-source check."""
         return []
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (most formats hold nothing open)
         """Release file handles; reading afterwards is an error."""
 
     def __enter__(self):

@@ -34,7 +34,7 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 def stored_dtype(dtype: str, stored: str) -> str:
-    """What a tensor stored as `stored` becomes when `dtype` is asked for; quantised ones are kept as float32."""
+    """What a tensor stored as `stored` becomes; a quantised one is kept as float32."""
     if dtype != "keep":
         return dtype
     return stored if stored in DTYPES else "float32"
