@@ -1,4 +1,4 @@
-"""LLaMA: Flax against PyTorch, and each against transformers, on configurations in which nothing coincides."""
+"""LLaMA: Flax against PyTorch and against transformers, on configurations in which nothing coincides."""
 
 from __future__ import annotations
 
