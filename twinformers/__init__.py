@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from twinformers.loading import load as load
     from twinformers.loading import load_config as load_config
     from twinformers.loading import load_tokenizer as load_tokenizer
+    from twinformers.parity.verify import VerifyReport as VerifyReport
+    from twinformers.parity.verify import verify as verify
 
 __version__ = "0.1.0"
 
@@ -31,6 +33,8 @@ _HOMES = {
     "load_tokenizer": "loading",
     "open_checkpoint": "checkpoints",
     "port": "checkpoints",
+    "VerifyReport": "parity.verify",
+    "verify": "parity.verify",
 }
 __all__ = sorted(_HOMES)
 

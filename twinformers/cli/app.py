@@ -87,6 +87,32 @@ def generate(
     )
 
 
+@app.command(epilog="Example: twinformers verify demo --dtype float64 --dtype float32")
+def verify(
+    source: Source,
+    dtype: Annotated[Optional[list[str]], typer.Option(help="Repeatable; default float64, float32.")] = None,  # noqa: UP045
+    check: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="logits, activations, cache, generation, reference; repeatable; default all."),
+    ] = None,
+    jax_device: Annotated[Text, typer.Option(help="cpu, gpu or tpu.")] = None,
+    torch_device: Annotated[Text, typer.Option(help="cpu or cuda.")] = None,
+    json: Json = False,
+) -> None:
+    """Prove the twins equal; exit code 1 if a check fails."""
+    from twinformers.cli import verify as verb
+
+    code = verb.run(
+        source,
+        dtypes=dtype or [],
+        checks=check or [],
+        jax_device=jax_device,
+        torch_device=torch_device,
+        json=json,
+    )
+    raise typer.Exit(code)
+
+
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and give its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
