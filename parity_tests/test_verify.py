@@ -44,7 +44,7 @@ def test_planted_rotary_sign_is_located(monkeypatch):
         torch_models.llama, "rotate", lambda x, cos, sin: original(x, cos, -sin[..., :1] + sin)
     )
     found = failures(checks=["logits", "activations"])
-    assert found[0] == ("logits", "") and "layers.0.attn.o_proj" == found[1][1]
+    assert found[0] == ("logits", "") and found[1][1] == "layers.0.attn.o_proj"
 
 
 def test_mistake_in_both_twins_is_caught_by_the_reference(monkeypatch):
