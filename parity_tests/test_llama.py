@@ -81,6 +81,24 @@ def test_logits_jax_matches_torch(name, jax_device, torch_device):
     assert difference(left, right, positions) <= LIMIT
 
 
+@pytest.mark.parametrize(
+    "name", [n if n == "grouped-query" else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS]
+)
+def test_every_submodule_matches_twin_and_transformers(name, jax_device, torch_device):
+    report = twinformers.verify(
+        PresetCheckpoint("test", CONFIGS[name]),
+        dtypes=["float64", "float32", "bfloat16"],
+        jax_device=jax_device,
+        torch_device=torch_device,
+    )
+    assert [r for r in report.checks if not r.ok] == []
+    exact = [r for r in report.checks if r.dtype == "float64" and r.path]
+    assert len({r.path for r in exact}) == 3 * 12 + 2 + (not CONFIGS[name].tie_word_embeddings)
+    assert all(r.limit == LIMIT for r in exact)
+    judged = {(r.dtype, r.left) for r in report.checks if r.check == "rounding" and r.limit is not None}
+    assert judged == {(d, t) for d in ("float32", "bfloat16") for t in ("jax", "torch")}
+
+
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 @pytest.mark.parametrize("chunk", [1, 5, 7, 48])
 def test_cached_decoding_matches_full_pass(framework, chunk, jax_device, torch_device):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import jax
 import pytest
+import torch
 
 import jax_models.layers
 import jax_models.llama
 import torch_models.llama
 from twinformers import verify
 from twinformers.errors import UsageError
+from twinformers.parity import rounding
 
 
 def failures(**options):
@@ -53,12 +56,93 @@ def test_mistake_in_both_twins_is_caught_by_the_reference(monkeypatch):
     assert {check for check, _ in failures(checks=["activations", "reference"])} == {"reference"}
 
 
+@pytest.mark.parametrize("twin", ["jax", "torch"])
+def test_norm_computed_in_bfloat16_is_more_than_rounding(twin, monkeypatch):
+    if twin == "jax":
+        rsqrt = jax.lax.rsqrt
+        monkeypatch.setattr(
+            jax_models.layers.jax.lax, "rsqrt", lambda x: rsqrt(x).astype("bfloat16").astype(x.dtype)
+        )
+    else:
+        rsqrt = torch.rsqrt
+        # Only the float32 twin: the truth, float64, is left alone.
+        monkeypatch.setattr(
+            torch,
+            "rsqrt",
+            lambda x: rsqrt(x).bfloat16().to(x.dtype) if x.dtype == torch.float32 else rsqrt(x),
+        )
+    report = verify("preset:llama-tiny", dtypes=["float32"], checks=["rounding"])
+    failed = {(r.left, r.path) for r in report.checks if not r.ok}
+    assert {(twin, "rms"), (twin, "max")} == failed
+
+
+def test_half_precision_twins_err_no_more_than_rounding_explains():
+    report = verify("preset:llama-tiny", dtypes=["bfloat16", "float16"], checks=["rounding"])
+    judged = [r for r in report.checks if r.limit is not None]
+    assert report.ok and {(r.dtype, r.left, r.path) for r in judged} == {
+        (d, t, p) for d in ("bfloat16", "float16") for t in ("jax", "torch") for p in ("rms", "max")
+    }
+
+
+def test_submodule_that_only_one_twin_has_is_a_failure(monkeypatch):
+    original = torch_models.llama.MLP.__init__
+
+    def extended(self, config, *, dtype):
+        original(self, config, dtype=dtype)
+        self.extra = torch.nn.Identity()
+
+    forward = torch_models.llama.MLP.forward
+    monkeypatch.setattr(torch_models.llama.MLP, "__init__", extended)
+    monkeypatch.setattr(torch_models.llama.MLP, "forward", lambda self, x: self.extra(forward(self, x)))
+    report = verify("preset:llama-tiny", dtypes=["float64"], checks=["activations"])
+    failed = [r for r in report.checks if not r.ok]
+    assert {r.path for r in failed} == {f"layers.{n}.mlp.extra" for n in range(3)}
+    assert all("only the PyTorch twin" in r.note for r in failed)
+
+
+def test_activation_of_another_dtype_is_a_failure(monkeypatch):
+    original = jax_models.llama.MLP.__call__
+    monkeypatch.setattr(jax_models.llama.MLP, "__call__", lambda self, x: original(self, x).astype("float32"))
+    report = verify("preset:llama-tiny", dtypes=["bfloat16"], checks=["activations"])
+    assert ("layers.0.mlp", "float32 in Flax's bfloat16 model") in {
+        (r.path, r.note) for r in report.checks if not r.ok
+    }
+
+
+def test_other_tokens_fail_and_a_near_tie_is_excused(monkeypatch):
+    from jax_models.generate import Generator
+
+    stream = Generator.stream
+
+    def other(self, *args, **kwargs):
+        for n, row in enumerate(stream(self, *args, **kwargs)):
+            yield row if n != 5 else [(row[0] + 1) % 251]
+
+    monkeypatch.setattr(Generator, "stream", other)
+    report = verify("preset:llama-tiny", dtypes=["float64", "float32"], checks=["generation"])
+    assert [r.ok for r in report.checks] == [False, False]
+    assert all("differ from number 5" in r.note for r in report.checks)
+    # The same difference where rounding explains any gap.
+    monkeypatch.setattr(rounding.Rounding, "limit", rounding.RoundingLimit(1e9, 1e9))
+    report = verify("preset:llama-tiny", dtypes=["float64", "float32"], checks=["generation"])
+    assert [r.ok for r in report.checks] == [False, True]
+
+
 def test_not_a_number_fails(monkeypatch):
     monkeypatch.setattr(jax_models.llama, "constrain", lambda x, name: x * float("nan"))
     assert ("logits", "") in failures(checks=["logits"])
 
 
-@pytest.mark.parametrize("bad", [{"checks": ["taste"]}, {"dtypes": ["float8"]}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"checks": ["taste"]},
+        {"dtypes": ["float8"]},
+        {"jax_device": "abacus"},
+        {"torch_device": "abacus"},
+        {"torch_device": "cuda:99"},
+    ],
+)
 def test_unknown_names_are_refused(bad):
     with pytest.raises(UsageError, match="expected"):
         verify("preset:llama-tiny", **bad)

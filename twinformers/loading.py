@@ -18,13 +18,48 @@ FRAMEWORKS = ("jax", "torch")
 Source = str | Path | Checkpoint
 
 
+def find_device(framework: str, name: Any) -> Any:
+    """The device of a framework that a name ("cpu", "gpu", "cuda:1") means; None and devices are kept.
+
+    Raises UsageError where there is none, naming those that there are.
+    """
+    if not isinstance(name, str):
+        return name
+    if framework == "jax":
+        import jax
+
+        kind, _, number = name.partition(":")
+        try:
+            if number.startswith("-"):
+                raise ValueError("a list would count from its end")
+            return jax.devices(kind)[int(number or 0)]
+        except (RuntimeError, ValueError, IndexError):
+            found = sorted({d.platform for d in jax.devices()} | {"cpu"})
+    else:
+        import torch
+
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device).numpy(force=True)  # the meta device has no values to give
+            return device
+        except (RuntimeError, AssertionError):  # a build without CUDA asserts
+            found = ["cpu"] + [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+    raise UsageError(
+        "no such device",
+        where=f"{framework} device",
+        expected=f"one of {', '.join(found)}",
+        found=repr(name),
+        hint="devices are named as the framework names them: JAX says gpu or tpu, PyTorch cuda",
+    )
+
+
 def load(source: Source, framework: str, dtype: str = "float32", device: Any = None) -> Any:
     """The model of a source as a module: an `nnx.Module` for "jax", a `torch.nn.Module` for "torch".
 
     Call it as `logits, cache = model(tokens, positions)`. `dtype` is one of float64, float32, bfloat16,
-    float16; `device` is a device of that framework (default: its own default). Raises UsageError for an
-    unknown framework or dtype and for float64 in JAX without x64, MissingDependency where the framework is
-    not installed, and the errors of the source.
+    float16; `device` is a device of that framework or its name (default: its own default). Raises UsageError
+    for an unknown framework, dtype or device and for float64 in JAX without x64, MissingDependency where the
+    framework is not installed, and the errors of the source.
     """
     if framework not in FRAMEWORKS:
         raise UsageError(
@@ -38,6 +73,7 @@ def load(source: Source, framework: str, dtype: str = "float32", device: Any = N
             f"{framework} is not installed ({error.name})", hint=f"pip install 'twinformers[{framework}]'"
         ) from None
     build = _load_jax if framework == "jax" else _load_torch
+    device = find_device(framework, device)
     with opened(source) as checkpoint:
         return build(checkpoint, dtype, device)
 

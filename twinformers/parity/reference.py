@@ -7,12 +7,14 @@ exact.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
 
 from twinformers.checkpoints import Checkpoint, convert
 from twinformers.errors import MissingDependency
+from twinformers.parity.kinds import Inputs, kind
 from twinformers.parity.recording import Activations, record_torch
 from twinformers.weight_maps import weight_map
 
@@ -35,12 +37,8 @@ def float64_throughout() -> Any:
     return Float64()
 
 
-def record_reference(
-    checkpoint: Checkpoint, tokens: np.ndarray, positions: np.ndarray, dtype: str
-) -> tuple[np.ndarray, Activations]:
-    """Logits and activations of `transformers`, by our paths; eager attention, CPU, float64 or `dtype`."""
-    import contextlib
-
+def reference_model(checkpoint: Checkpoint, dtype: str) -> Any:
+    """The `transformers` model, eager attention, on the CPU; build and call it in `precise(dtype)`."""
     import torch
 
     try:
@@ -49,29 +47,35 @@ def record_reference(
         raise MissingDependency(
             "the reference check needs transformers", hint="pip install 'twinformers[reference]'"
         ) from None
-    config = checkpoint.config
-    precise = float64_throughout() if dtype == "float64" else contextlib.nullcontext()
-    kind = getattr(torch, dtype)
-    with precise:
-        theirs = transformers.AutoConfig.for_model(**config.to_hf(), attn_implementation="eager", dtype=kind)
-        model = getattr(transformers, config.hf_class)(theirs).to(kind).eval()
-        state = {}
-        for name, array in convert(checkpoint, "hf", "float32" if dtype != "float64" else "float64"):
-            state[name] = torch.from_numpy(np.require(array, requirements=["C", "W"])).to(kind)
-        tied = weight_map(config).tied("hf")
-        model.load_state_dict(state | {name: state[to] for name, to in tied.items()}, strict=True)
-        del state
-        place = torch.from_numpy(positions).long()
-        seen = (place[:, None, :] >= 0) & (place[:, None, :] <= place[:, :, None])  # [B, T, S]
-        # A mask of four dimensions is used as it is; transformers' own would not know these positions.
-        mask = torch.zeros(seen.shape, dtype=kind).masked_fill(~seen, torch.finfo(kind).min)[:, None]
+    config, table = checkpoint.config, weight_map(checkpoint.config)
+    type_ = getattr(torch, dtype)
+    theirs = transformers.AutoConfig.for_model(**config.to_hf(), attn_implementation="eager", dtype=type_)
+    model = getattr(transformers, config.hf_class)(theirs).to(type_).eval()
+    state = {}
+    for name, array in convert(checkpoint, "hf", "float64" if dtype == "float64" else "float32"):
+        state[name] = torch.from_numpy(np.require(array, requirements=["C", "W"])).to(type_)
+    state |= {name: state[to] for name, to in table.tied("hf").items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    # What the configuration determines (tables of angles and the like) is no weight and stays as made.
+    if unexpected or set(missing) - table.buffers("hf"):
+        raise AssertionError(f"transformers' model lacks {unexpected} and has {missing} besides")
+    return model
 
-        def call(model):
-            return model(
-                input_ids=torch.from_numpy(tokens).long(),
-                position_ids=place.clamp(min=0),
-                attention_mask=mask,
-                use_cache=False,
-            ).logits
 
-        return record_torch(model, call, weight_map(config).module_paths())
+def precise(dtype: str) -> Any:
+    """A context in which `transformers` computes in `dtype` and, where that is float64, in nothing less."""
+    return float64_throughout() if dtype == "float64" else contextlib.nullcontext()
+
+
+def record_reference(checkpoint: Checkpoint, inputs: Inputs, dtype: str) -> tuple[np.ndarray, Activations]:
+    """Logits and activations of `transformers`, by our paths; eager attention, CPU, float64 or `dtype`."""
+    import torch
+
+    with precise(dtype):
+        model = reference_model(checkpoint, dtype)
+        calls = kind(checkpoint.config)
+        return record_torch(
+            model,
+            lambda m: calls.reference(m, inputs, getattr(torch, dtype)),
+            weight_map(checkpoint.config).module_paths(),
+        )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,39 +11,18 @@ import numpy as np
 from twinformers.checkpoints import Checkpoint, opened
 from twinformers.checkpoints.dtypes import check_dtype
 from twinformers.errors import UsageError
-from twinformers.loading import Source, load
-from twinformers.parity.limits import LIMITS
-from twinformers.parity.recording import Activations, record_jax, record_torch
+from twinformers.loading import Source, find_device, load
+from twinformers.parity.kinds import Inputs, kind, real
+from twinformers.parity.limits import SMALL_GRADIENT, limit
+from twinformers.parity.recording import Activations
+from twinformers.parity.results import CheckResult, VerifyReport, compare
+from twinformers.parity.rounding import Rounding
+from twinformers.parity.twins import Run, jax_precision, run_jax, run_torch
+from twinformers.weight_maps import weight_map
 
-CHECKS = ("logits", "activations", "cache", "generation", "reference")
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """One comparison. `limit` None means that the figure is reported and not judged."""
-
-    check: str
-    dtype: str
-    left: str
-    right: str
-    path: str
-    max_abs: float | None
-    max_rel: float | None
-    limit: float | None
-    ok: bool
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """All comparisons of one source; `ok` if none failed."""
-
-    ok: bool
-    source: str
-    architecture: str
-    checks: list[CheckResult]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+#: What `verify` checks unless told otherwise, and what it checks besides when asked.
+CHECKS = ("logits", "activations", "cache", "generation", "reference", "rounding")
+FURTHER_CHECKS = ("gradients", "training", "training-run")
 
 
 def verify(
@@ -54,159 +32,261 @@ def verify(
     checks: Sequence[str] = CHECKS,
     jax_device: Any = None,
     torch_device: Any = None,
+    steps: int = 20,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> VerifyReport:
     """Compare the twins with each other, with themselves in float64, and with transformers.
 
-    Raises UsageError for an unknown check or dtype, MissingDependency where a framework or (for
+    `steps` is the number of updates of `training` (each from the same state) and `training-run`.
+
+    Raises UsageError for an unknown check, dtype or device, MissingDependency where a framework or (for
     `reference`) transformers is not installed, and the errors of the source.
     """
     for name in checks:
-        if name not in CHECKS:
-            raise UsageError("unknown check", where="check", expected=", ".join(CHECKS), found=repr(name))
+        if name not in CHECKS + FURTHER_CHECKS:
+            expected = ", ".join(CHECKS + FURTHER_CHECKS)
+            raise UsageError("unknown check", where="check", expected=expected, found=repr(name))
     for dtype in dtypes:
         check_dtype(dtype)
-    results: list[CheckResult] = []
+    if steps < 1:
+        raise UsageError("bad value", where="steps", expected="a positive integer", found=str(steps))
+    devices = {"jax": find_device("jax", jax_device), "torch": find_device("torch", torch_device)}
     with opened(source) as checkpoint:
-        tokens, positions = _inputs(checkpoint)
-        truth: np.ndarray | None = None
-        for dtype in sorted(dtypes, key=lambda d: d != "float64"):
-            on_progress(f"{dtype}: Flax")
-            jx, jx_chunks, jx_tokens = _run_jax(checkpoint, dtype, jax_device, tokens, positions, checks)
-            on_progress(f"{dtype}: PyTorch")
-            pt, pt_chunks, pt_tokens = _run_torch(checkpoint, dtype, torch_device, tokens, positions, checks)
-            real = positions >= 0
-
-            def compare(check, left, right, path, a, b, dtype=dtype, real=real):
-                results.append(_compare(check, dtype, left, right, path, a[real], b[real]))
-
-            if "logits" in checks:
-                compare("logits", "jax", "torch", "", jx[0], pt[0])
-                if dtype != "float64" and truth is not None:
-                    compare("logits", "jax", "float64", "", jx[0], truth)
-                    compare("logits", "torch", "float64", "", pt[0], truth)
-            if "activations" in checks:
-                _same_paths(jx[1], pt[1])
-                for path in jx[1]:
-                    compare("activations", "jax", "torch", path, jx[1][path], pt[1][path])
-            if "cache" in checks:
-                compare("cache", "jax", "jax", "", jx_chunks, jx[0])
-                compare("cache", "torch", "torch", "", pt_chunks, pt[0])
-            if "generation" in checks:
-                same = jx_tokens == pt_tokens
-                # Below float64 a near tie may fall either way; only there is a difference a mistake.
-                results.append(
-                    CheckResult(
-                        "generation",
-                        dtype,
-                        "jax",
-                        "torch",
-                        "",
-                        None,
-                        None,
-                        None,
-                        same or dtype in ("bfloat16", "float16"),
-                    )
-                )
-            if "reference" in checks:
-                from twinformers.parity.reference import record_reference
-
-                on_progress(f"{dtype}: transformers")
-                hf = record_reference(checkpoint, tokens, positions, dtype)
-                for name, (logits, activations) in (("jax", jx), ("torch", pt)):
-                    compare("reference", name, "transformers", "", logits, hf[0])
-                    for path in hf[1]:
-                        if path in activations:
-                            compare("reference", name, "transformers", path, activations[path], hf[1][path])
-                if dtype != "float64" and truth is not None:
-                    compare("reference", "transformers", "float64", "", hf[0], truth)
-            if dtype == "float64":
-                truth = pt[0]
+        inputs = kind(checkpoint.config).inputs(checkpoint.config)
+        results: list[CheckResult] = []
+        for dtype in sorted(dict.fromkeys(dtypes), key=lambda d: d != "float64"):
+            if set(checks) & set(CHECKS):
+                results += _forward(checkpoint, dtype, inputs, checks, devices, on_progress)
+            if "gradients" in checks:
+                on_progress(f"{dtype}: gradients")
+                results += _gradients(checkpoint, dtype, inputs, devices, "reference" in checks)
+            for check in ("training", "training-run"):
+                if check in checks:
+                    results += _training(check, checkpoint, dtype, devices, steps, on_progress)
         return VerifyReport(
             all(r.ok for r in results), checkpoint.source, checkpoint.config.architecture, results
         )
 
 
-def _inputs(checkpoint: Checkpoint, length: int = 128) -> tuple[np.ndarray, np.ndarray]:
-    """Two rows of random tokens; the second is left-padded and begins at position 200."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, checkpoint.config.vocab_size, (2, length)).astype(np.int32)  # type: ignore[attr-defined]
-    positions = np.tile(np.arange(length, dtype=np.int32), (2, 1))
-    positions[1] = np.r_[-np.ones(24), 200 + np.arange(length - 24)]
-    return tokens, positions
+def _forward(
+    checkpoint: Checkpoint,
+    dtype: str,
+    inputs: Inputs,
+    checks: Sequence[str],
+    devices: Mapping[str, Any],
+    on_progress: Callable[[str], None],
+) -> list[CheckResult]:
+    """Everything that follows from what the models compute: no gradient is taken."""
+    on_progress(f"{dtype}: Flax")
+    jx = run_jax(checkpoint, dtype, devices["jax"], inputs, checks)
+    on_progress(f"{dtype}: PyTorch")
+    pt = run_torch(checkpoint, dtype, devices["torch"], inputs, checks)
+    results: list[CheckResult] = []
+    twins = {"jax": jx, "torch": pt}
+    lazy = Rounding(checkpoint, dtype, inputs)
+
+    def add(check: str, left: str, right: str, path: str, a: np.ndarray, b: np.ndarray) -> None:
+        keep = real(a, inputs)
+        results.append(compare(check, dtype, left, right, path, a[keep], b[keep]))
+
+    if "logits" in checks:
+        add("logits", "jax", "torch", "", jx.logits, pt.logits)
+    if "activations" in checks:
+        results += _structure(dtype, jx, pt)
+        for path, x in jx.activations.items():
+            if path in pt.activations:
+                add("activations", "jax", "torch", path, x, pt.activations[path])
+    if "cache" in checks:
+        for name, run in twins.items():
+            if run.cached is not None:
+                add("cache", name, name, "", run.cached, run.logits)
+    beside = "rounding" in checks and dtype != "float64" and _transformers_is_here()
+    if "reference" in checks or beside:
+        from twinformers.parity.reference import record_reference
+
+        on_progress(f"{dtype}: transformers")
+        hf_logits, hf_activations = record_reference(checkpoint, inputs, dtype)
+    if "reference" in checks:
+        for name, run in twins.items():
+            add("reference", name, "transformers", "", run.logits, hf_logits)
+            for path, x in hf_activations.items():
+                if path in run.activations:
+                    add("reference", name, "transformers", path, run.activations[path], x)
+    if "rounding" in checks and dtype != "float64":
+        on_progress(f"{dtype}: what rounding explains")
+        for name, run in twins.items():
+            results += _rounding(dtype, name, run.logits, lazy, judged=True)
+        if beside:
+            results += _rounding(dtype, "transformers", hf_logits, lazy, judged=False)
+    if "generation" in checks:
+        results.append(_generation(checkpoint, dtype, inputs, jx, pt, lazy))
+    return results
 
 
-def _chunks(length: int) -> list[slice]:
-    """A prefill in uneven pieces, then single tokens."""
-    edges = [0, 1, 50, 55, length - 6, *range(length - 5, length + 1)]
-    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+def _training(
+    check: str,
+    checkpoint: Checkpoint,
+    dtype: str,
+    devices: dict[str, Any],
+    steps: int,
+    on_progress: Callable[[str], None],
+) -> list[CheckResult]:
+    """One result for each update: its worst parameter, over weights and moments, and the loss."""
+    from twinformers.parity.training import train_twins
+    from twinformers.training.adamw import AdamW
+
+    recipe, results = AdamW(steps=steps), []
+    with jax_precision(dtype):
+        for number, losses, states in train_twins(
+            checkpoint,
+            dtype,
+            devices,
+            recipe,
+            free=check == "training-run",
+            on_progress=lambda text: on_progress(f"{dtype}: {check}, {text}"),
+        ):
+            left, right = np.asarray(losses["jax"]), np.asarray(losses["torch"])
+            found = [compare(check, dtype, "jax", "torch", "loss", left, right)]
+            for what, small in (("weights", 0.0), ("first", SMALL_GRADIENT), ("second", SMALL_GRADIENT**2)):
+                ours, theirs = states["jax"][what], states["torch"][what]
+                floor = small * max(float(np.abs(x).max()) for x in theirs.values())
+                found += [
+                    compare(check, dtype, "jax", "torch", f"{what} of {name}", ours[name], x, floor)
+                    for name, x in theirs.items()
+                ]
+            worst = max(found, key=lambda r: (not r.ok, np.inf if r.max_rel is None else r.max_rel))
+            note = f"loss {losses['jax']:.6f}, learning rate {recipe.rate(number):.3g}, {recipe}"
+            results.append(replace(worst, path=f"update {number}: {worst.path}", note=worst.note or note))
+    return results
 
 
-def _run_jax(checkpoint, dtype, device, tokens, positions, checks):
-    import jax
-
-    from jax_models import functional
-    from jax_models.generate import Generator
-
-    with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
-        place = None if device is None else jax.devices(device)[0]
-        model = load(checkpoint, "jax", dtype, place)
-        recorded = record_jax(model, tokens, positions)
-        for path, x in {"": recorded[0], **recorded[1]}.items():
-            if x.dtype.name != dtype:
-                raise AssertionError(f"{path or 'logits'} is {x.dtype} in a {dtype} model")
-        wide = np.float64 if dtype == "float64" else np.float32
-        recorded = recorded[0].astype(wide), {p: x.astype(wide) for p, x in recorded[1].items()}
-        chunked, generated = None, None
-        if "cache" in checks:
-            apply, params = functional(model)
-            step, cache, parts = jax.jit(apply), model.empty_cache(2, 512), []
-            for part in _chunks(tokens.shape[1]):
-                logits, cache = step(params, tokens[:, part], positions[:, part], cache)
-                parts.append(np.asarray(logits).astype(wide))
-            chunked = np.concatenate(parts, 1)
-        if "generation" in checks:
-            prompt = tokens[:1, :24].tolist()
-            generated = list(Generator(model).stream(prompt, max_new_tokens=16))
-    return recorded, chunked, generated
-
-
-def _run_torch(checkpoint, dtype, device, tokens, positions, checks):
+def _gradients(
+    checkpoint: Checkpoint, dtype: str, inputs: Inputs, devices: Mapping[str, Any], reference: bool
+) -> list[CheckResult]:
+    """Of every parameter and every submodule's output: the twins, and Flax against transformers."""
     import torch
 
-    from torch_models.generate import Generator
+    from twinformers.parity.gradients import gradients_jax, gradients_torch, in_torch_names
 
-    model = load(checkpoint, "torch", dtype, device)
-
-    def put(x):
-        return torch.from_numpy(x.copy()).to(device)
-
-    recorded = record_torch(model, lambda m: m(put(tokens), put(positions))[0])
-    chunked, generated = None, None
-    if "cache" in checks:
-        cache, parts = model.empty_cache(2, 512), []
-        with torch.inference_mode():
-            for part in _chunks(tokens.shape[1]):
-                logits, cache = model(put(tokens[:, part]), put(positions[:, part]), cache)
-                parts.append((logits if dtype == "float64" else logits.float()).cpu().numpy())
-        chunked = np.concatenate(parts, 1)
-    if "generation" in checks:
-        generated = list(Generator(model).stream(tokens[:1, :24].tolist(), max_new_tokens=16))
-    return recorded, chunked, generated
-
-
-def _same_paths(left: Activations, right: Activations) -> None:
-    if left.keys() != right.keys():
-        raise AssertionError(f"the twins have different submodules: {sorted(left.keys() ^ right.keys())[:5]}")
-
-
-def _compare(check, dtype, left, right, path, a, b) -> CheckResult:
-    limit = LIMITS[dtype]
-    largest, finite = float(np.abs(b).max()), bool(np.isfinite(a).all() and np.isfinite(b).all())
-    if not finite:  # NaN compares as neither larger nor smaller, so it must fail by name
-        return CheckResult(check, dtype, left, right, path, None, None, limit, False)
-    worst = float(np.abs(a - b).max())
-    relative = worst / largest if largest else worst
-    return CheckResult(
-        check, dtype, left, right, path, worst, relative, limit, limit is None or relative <= limit
+    calls = kind(checkpoint.config)
+    place = devices["torch"]
+    with jax_precision(dtype):
+        jx = gradients_jax(load(checkpoint, "jax", dtype, devices["jax"]), checkpoint, inputs)
+    arguments = [torch.from_numpy(x).to(place) for x in inputs]
+    pt = gradients_torch(
+        load(checkpoint, "torch", dtype, place), checkpoint, inputs, lambda m: m(*arguments)[0]
     )
+    results = _compare_gradients(dtype, "torch", jx.parameters, pt.parameters)
+    results += _compare_gradients(dtype, "torch", _real(jx.outputs, inputs), _real(pt.outputs, inputs))
+    if reference:
+        from twinformers.parity.reference import precise, reference_model
+
+        with precise(dtype):
+            hf = gradients_torch(
+                reference_model(checkpoint, dtype),
+                checkpoint,
+                inputs,
+                lambda m: calls.reference(m, inputs, getattr(torch, dtype)),
+                weight_map(checkpoint.config).module_paths(),
+            )
+        theirs = in_torch_names(hf.parameters, checkpoint, "hf")
+        results += _compare_gradients(dtype, "transformers", jx.parameters, theirs)
+        both = {path: x for path, x in _real(hf.outputs, inputs).items() if path in jx.outputs}
+        ours = {path: x for path, x in _real(jx.outputs, inputs).items() if path in both}
+        results += _compare_gradients(dtype, "transformers", ours, both)
+    return results
+
+
+def _real(outputs: Activations, inputs: Inputs) -> Activations:
+    return {path: x[real(x, inputs)] for path, x in outputs.items()}
+
+
+def _compare_gradients(dtype: str, right: str, ours: Activations, theirs: Activations) -> list[CheckResult]:
+    """Relative to at least a small part of the largest gradient: some are zero but for rounding.
+
+    What trains in one of the two alone is a failure; a gradient of zero where the other has none is not.
+    """
+    floor = SMALL_GRADIENT * max((float(np.abs(x).max()) for x in theirs.values()), default=0.0)
+    results = []
+    for path in dict.fromkeys([*ours, *theirs]):
+        left = ours.get(path)
+        other = theirs.get(path)
+        if left is None or other is None:
+            present = left if other is None else other
+            if present is not None and present.any():
+                side = "jax" if other is None else right
+                most = limit("gradients", dtype)
+                note = f"only {side} has a gradient"
+                results.append(
+                    CheckResult("gradients", dtype, "jax", right, path, None, None, most, False, note)
+                )
+            continue
+        results.append(compare("gradients", dtype, "jax", right, path, left, other, floor))
+    return results
+
+
+def _transformers_is_here() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("transformers") is not None
+
+
+def _structure(dtype: str, jx: Run, pt: Run) -> list[CheckResult]:
+    """A failure for each submodule that one twin lacks, and for each activation of another dtype."""
+    found = []
+    for path in sorted(jx.activations.keys() ^ pt.activations.keys()):
+        found.append((path, f"only the {'Flax' if path in jx.activations else 'PyTorch'} twin has it"))
+    for name, run in (("Flax", jx), ("PyTorch", pt)):
+        found += [(p, f"{d} in {name}'s {dtype} model") for p, d in run.dtypes.items() if d != dtype]
+    most = limit("activations", dtype)
+    return [
+        CheckResult("activations", dtype, "jax", "torch", path, None, None, most, False, note)
+        for path, note in found
+    ]
+
+
+def _rounding(
+    dtype: str, name: str, logits: np.ndarray, lazy: Rounding, *, judged: bool
+) -> list[CheckResult]:
+    """The error against float64, held against what the rounding model explains."""
+    explained, largest = lazy.limit, float(np.abs(lazy.truth).max())
+    finite = bool(np.isfinite(logits[lazy.real]).all())
+    results = []
+    for path, error, most in zip(
+        ("rms", "max"), lazy.errors(logits), (explained.rms, explained.max), strict=True
+    ):
+        results.append(
+            CheckResult(
+                "rounding",
+                dtype,
+                name,
+                "float64",
+                path,
+                error if finite else None,
+                error / largest if finite else None,
+                most / largest if judged else None,
+                finite and (not judged or error <= most),
+                "" if not finite else f"{error / most:.2f} of what rounding explains",
+            )
+        )
+    return results
+
+
+def _generation(
+    checkpoint: Checkpoint, dtype: str, inputs: Inputs, jx: Run, pt: Run, lazy: Rounding
+) -> CheckResult:
+    """The same tokens, or a difference where float64 puts the two closer than rounding can tell apart."""
+    ours, theirs = jx.generated or [], pt.generated or []
+    if ours == theirs:
+        return CheckResult("generation", dtype, "jax", "torch", "", None, None, None, True)
+    at = next(
+        (n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+    )
+    note, excused = f"the tokens differ from number {at} on", False
+    if dtype != "float64" and at < min(len(ours), len(theirs)):
+        continued = kind(checkpoint.config).continued(checkpoint.config, inputs, ours[:at])
+        logits = lazy.true_logits(continued)[0, -1]
+        gap = abs(float(logits[ours[at][0]] - logits[theirs[at][0]]))
+        excused = gap <= 2 * lazy.limit.max
+        note += f", where float64 puts the two {gap:.1e} apart; rounding explains {2 * lazy.limit.max:.1e}"
+    return CheckResult("generation", dtype, "jax", "torch", "", None, None, None, excused, note)

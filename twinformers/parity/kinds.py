@@ -1,0 +1,173 @@
+"""What a check feeds a model and how it calls it: one class for each calling contract.
+
+`Config.kind` names the contract, and `kind(config)` finds the class. A check knows arrays and results; which
+of them are tokens and which a source sentence stays here. Inputs come in pairs of tokens and positions, and
+the last pair is what the logits are for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from twinformers.configs import Config
+
+Inputs = tuple[np.ndarray, ...]
+#: Calls a method of a model by name, on numpy arrays and on what earlier calls returned.
+Call = Callable[..., Any]
+
+
+def chunks(length: int) -> list[slice]:
+    """A prefill in uneven pieces, then single tokens."""
+    edges = sorted({0, 1, length // 2 - 7, length // 2 - 2, *range(length - 6, length + 1)})
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def real(x: np.ndarray, inputs: Inputs) -> np.ndarray:
+    """[B, T] which rows of x [B, T, ...] belong to real tokens, told by the length of the inputs."""
+    for positions in inputs[1::2]:
+        if x.shape[:2] == positions.shape:
+            return positions >= 0
+    return np.ones(x.shape[:2], bool)
+
+
+def _upwards(length: int) -> np.ndarray:
+    return np.arange(length, dtype=np.int32)[None]
+
+
+def _successors(tokens: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each token's successor in its row, and where that is a real one."""
+    following, places = np.roll(tokens, -1, axis=1), np.roll(positions, -1, axis=1)
+    return following, ((positions >= 0) & (places == positions + 1)).astype(np.int32)
+
+
+class Causal:
+    """`model(tokens, positions, cache)`: decoder-only language models."""
+
+    def inputs(self, config: Any, length: int = 128, seed: int = 0) -> Inputs:
+        """Two rows of random tokens; the second is left-padded and begins at position 200."""
+        tokens = np.random.default_rng(seed).integers(0, config.vocab_size, (2, length)).astype(np.int32)
+        positions = np.tile(np.arange(length, dtype=np.int32), (2, 1))
+        padding = length // 5
+        positions[1] = np.r_[-np.ones(padding), 200 + np.arange(length - padding)]
+        return tokens, positions
+
+    def batch(self, config: Any, number: int) -> Inputs:
+        """What one update of a training run learns from."""
+        return self.inputs(config, length=32, seed=number)
+
+    def targets(self, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+        """The token that each logit should predict, and 1 where there is one, 0 where not. 2 x [B, T]"""
+        return _successors(*inputs)
+
+    def cached(self, call: Call, empty_cache: Call, inputs: Inputs) -> list[Any]:
+        """The logits of the same tokens given piece by piece."""
+        tokens, positions = inputs
+        cache, parts = empty_cache(len(tokens), 512), []
+        for part in chunks(tokens.shape[1]):
+            logits, cache = call("__call__", tokens[:, part], positions[:, part], cache)
+            parts.append(logits)
+        return parts
+
+    def generate(self, engines: str, model: Any, inputs: Inputs) -> list[list[int | None]]:
+        """Sixteen tokens after the first 24, greedily."""
+        import importlib
+
+        engine = importlib.import_module(f"{engines}.generate").Generator(model)
+        return list(engine.stream(inputs[0][:1, :24].tolist(), max_new_tokens=16))
+
+    def continued(self, config: Any, inputs: Inputs, generated: list[list[int | None]]) -> Inputs:
+        """The inputs whose last logits decide on the token that follows `generated`."""
+        tokens = [*inputs[0][0, :24].tolist(), *(row[0] for row in generated)]
+        return np.array([tokens], np.int32), _upwards(len(tokens))
+
+    def reference(self, model: Any, inputs: Inputs, kind: Any) -> Any:
+        """The logits of transformers' model, which takes a mask where the twins take positions."""
+        import torch
+
+        tokens, positions = map(torch.from_numpy, inputs)
+        place = positions.long()
+        seen = (place[:, None, :] >= 0) & (place[:, None, :] <= place[:, :, None])  # [B, T, S]
+        # A mask of four dimensions is used as it is; transformers' own would not know these positions.
+        mask = torch.zeros(seen.shape, dtype=kind).masked_fill(~seen, torch.finfo(kind).min)[:, None]
+        return model(
+            input_ids=tokens.long(),
+            position_ids=place.clamp(min=0),
+            attention_mask=mask,
+            use_cache=False,
+        ).logits
+
+
+class EncoderDecoder:
+    """`model(source, source_positions, tokens, positions)`, or step by step `encode` and `decode`."""
+
+    def batch(self, config: Any, number: int) -> Inputs:
+        """What one update of a training run learns from."""
+        return self.inputs(config, source=29, target=23, seed=number)
+
+    def inputs(self, config: Any, source: int = 71, target: int = 59, seed: int = 0) -> Inputs:
+        """Two rows of random tokens, the second right-padded: Marian and FSMT count from the left."""
+        rng = np.random.default_rng(seed)
+        sizes = {"source": config.source_vocab_size, "target": config.target_vocab_size}
+        lengths = {"source": source, "target": target}
+        inputs = []
+        for side, vocabulary in sizes.items():
+            length = min(lengths[side], config.max_position_embeddings - (side == "target"))
+            tokens = rng.integers(0, vocabulary, (2, length)).astype(np.int32)
+            tokens[tokens == config.pad_token_id] = (config.pad_token_id + 1) % vocabulary
+            positions = np.tile(np.arange(length, dtype=np.int32), (2, 1))
+            tokens[1, -9:], positions[1, -9:] = config.pad_token_id, -1
+            inputs += [tokens, positions]
+        return tuple(inputs)
+
+    def targets(self, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+        """The token that each logit should predict, and 1 where there is one, 0 where not. 2 x [B, T]"""
+        return _successors(*inputs[2:])
+
+    def cached(self, call: Call, empty_cache: Call, inputs: Inputs) -> list[Any]:
+        """The logits of the same tokens given piece by piece, the source once."""
+        source, source_positions, tokens, positions = inputs
+        cross = call("cross_cache", call("encode", source, source_positions), source_positions)
+        cache, parts = empty_cache(len(tokens), 128), []
+        for part in chunks(tokens.shape[1]):
+            logits, cache = call("decode", tokens[:, part], positions[:, part], cross, cache)
+            parts.append(logits)
+        return parts
+
+    def generate(self, engines: str, model: Any, inputs: Inputs) -> list[list[int | None]]:
+        """A greedy translation of the first source, a token per step."""
+        import importlib
+
+        beams = importlib.import_module(f"{engines}.beam").BeamSearch(model)
+        tokens = beams.generate([inputs[0][0].tolist()], num_beams=1, max_new_tokens=16)[0]
+        return [[token] for token in tokens]
+
+    def continued(self, config: Any, inputs: Inputs, generated: list[list[int | None]]) -> Inputs:
+        """The inputs whose last logits decide on the token that follows `generated`."""
+        tokens = [config.decoder_start_token_id, *(row[0] for row in generated)]
+        return inputs[0][:1], inputs[1][:1], np.array([tokens], np.int32), _upwards(len(tokens))
+
+    def reference(self, model: Any, inputs: Inputs, kind: Any) -> Any:
+        """The logits of transformers' model, whose positions follow from its masks."""
+        import torch
+
+        source, source_positions, tokens, positions = map(torch.from_numpy, inputs)
+        return model(
+            input_ids=source.long(),
+            attention_mask=(source_positions >= 0).long(),
+            decoder_input_ids=tokens.long(),
+            decoder_attention_mask=(positions >= 0).long(),
+            use_cache=False,
+        ).logits
+
+
+KINDS: dict[str, Any] = {"causal": Causal(), "encoder-decoder": EncoderDecoder()}
+
+
+def kind(config: Config) -> Any:
+    """The calling contract of a configuration's architecture."""
+    return KINDS[config.kind]
