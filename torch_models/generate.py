@@ -52,6 +52,18 @@ class Generator:
         chosen = choose(self._model.head(x)[:, 0], sampling, fold_in(key, count))  # [B]
         return chosen.to(torch.int32), cache
 
+    def warm_up(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),  # noqa: B008
+    ) -> None:
+        """Run two steps of what `stream` will run for these prompts: the first call of a shape sets up."""
+        steps = self.stream(prompts, max_new_tokens=max_new_tokens, sampling=sampling)
+        for _ in range(2):
+            next(steps, None)
+
     def stream(
         self,
         prompts: Sequence[Sequence[int]],

@@ -47,7 +47,7 @@ def run(
     print()
     for r in results:
         print(
-            f"{r.framework}: {len(r.tokens)} tokens, first after {r.prefill_seconds:.2f} s, "
-            f"then {r.decode_tokens_per_second:.1f} tokens/s",
+            f"{r.framework}: {len(r.tokens)} tokens, compiled in {r.compile_seconds:.2f} s, "
+            f"first after {r.prefill_seconds:.2f} s, then {r.decode_tokens_per_second:.1f} tokens/s",
             file=sys.stderr,
         )
