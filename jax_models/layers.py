@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_models.random import bits, fold_in
+from twinformers.errors import UsageError
+
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
     """float32 for the half precisions, the dtype itself for float32 and float64."""
@@ -32,6 +35,47 @@ class RMSNorm(nnx.Module):
         return wide.astype(x.dtype) * self.scale[...]
 
 
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(var + eps) * scale + bias (Ba et al. 2016, arXiv:1607.06450). [..., D] -> same"""
+
+    def __init__(self, size: int, eps: float, *, dtype: jnp.dtype):
+        self.eps = eps
+        # vs torch: a leaf is a Param that wraps the array; Flax names it scale, torch weight
+        self.scale = nnx.Param(jnp.ones(size, dtype))
+        self.bias = nnx.Param(jnp.zeros(size, dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(at_least_float32(x.dtype))
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.scale[...] + self.bias[...]
+
+
+def subkey(key: jax.Array | None, data: jax.Array | int) -> jax.Array | None:
+    """`fold_in` for a key that may be missing: without one nothing below drops anything."""
+    return None if key is None else fold_in(key, data)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zero each element with probability `rate` and scale the others up; without a key, x itself.
+
+    Srivastava et al. 2014. The key alone decides which: the masks of both frameworks are the same.
+    """
+    if key is None or rate == 0:
+        return x
+    keep = bits(key, x.shape) < jnp.uint32(round((1 - rate) * 2**32))
+    return jnp.where(keep, x * (1 / (1 - rate)), 0)
+
+
+#: Activations by Hugging Face's names; plain GELU is the exact one.
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
 class KVCache(NamedTuple):
     """Keys and values seen so far. A token at position p lies in slot p mod S of its row.
 
@@ -41,6 +85,14 @@ class KVCache(NamedTuple):
     k: jax.Array  # [L, B, S+1, K, H]
     v: jax.Array  # [L, B, S+1, K, H]
     positions: jax.Array  # [B, S+1] int32, -1 where empty
+
+
+class CrossCache(NamedTuple):
+    """The encoder's output as the decoder's layers see it: computed once per source, never written again."""
+
+    k: jax.Array  # [L, B, S, N, H]
+    v: jax.Array  # [L, B, S, N, H]
+    positions: jax.Array  # [B, S] int32, -1 for padding
 
 
 class Context(NamedTuple):
@@ -59,12 +111,21 @@ def empty_cache(layers: int, batch: int, length: int, heads: int, size: int, *, 
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.full(shape[1:3], -1, jnp.int32))
 
 
-def place(positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+def place(positions: jax.Array, cache: KVCache, window: int | None = None) -> tuple[jax.Array, KVCache]:
     """Assign each token of a call its slot, and note the positions there. [B, T] -> [B, T]
 
     Padding goes to the scratch slot, and so does whatever a later token of the same call overwrites.
+    With a sliding window, UsageError where the call would overwrite keys that its first token still sees.
     """
-    length = cache.positions.shape[1] - 1
+    T, length = positions.shape[1], cache.positions.shape[1] - 1
+    if window is not None and T > 1 and length < window + T - 1:
+        raise UsageError(
+            f"a call of {T} tokens would overwrite keys that its window of {window} still sees",
+            where="cache",
+            expected=f"at least window + tokens - 1 = {window + T - 1} slots",
+            found=f"{length} slots",
+            hint="make the cache longer, or give the tokens in smaller chunks",
+        )
     kept = (positions >= 0) & (positions > positions.max(axis=1, keepdims=True) - length)  # [B, T]
     slots = jnp.where(kept, positions % length, length)  # [B, T]
     rows = jnp.arange(positions.shape[0])[:, None]  # [B, 1]
@@ -82,10 +143,24 @@ def store(cache: KVCache, layer: int, slots: jax.Array, k: jax.Array, v: jax.Arr
     )
 
 
-def visible(positions: jax.Array, key_positions: jax.Array) -> jax.Array:
-    """The causal rule: a key is seen from its own position on, padding never. [B, T], [B, S] -> [B, T, S]"""
-    queries, keys = positions[:, :, None], key_positions[:, None, :]
-    return (keys >= 0) & (keys <= queries)
+def visible(
+    positions: jax.Array, key_positions: jax.Array, window: int | None = None, *, causal: bool = True
+) -> jax.Array:
+    """Which keys each query sees: all up to its own position; never padding. [B, T], [B, S] -> [B, T, S]
+
+    With a window, only those less than `window` positions away; without the causal rule, later ones too.
+    """
+    if window is not None and window < 1:
+        raise UsageError(
+            "bad value", where="window", expected="a positive number, or None", found=str(window)
+        )
+    distance = positions[:, :, None] - key_positions[:, None, :]  # [B, T, S]
+    seen = jnp.broadcast_to(key_positions[:, None, :] >= 0, distance.shape)
+    if causal:
+        seen = seen & (distance >= 0)
+    if window is not None:
+        seen = seen & (jnp.abs(distance) < window)
+    return seen
 
 
 def rotary_angles(
@@ -105,19 +180,39 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return turned.astype(x.dtype)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scaled dot-product attention with grouped heads: N/K query heads share a key-value head.
+def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    """How much each query takes from each key, per head; a query's weights add up to 1, and padding gets 0.
 
-    q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S] -> [B, T, N, H] (Vaswani et al. 2017, eq. 1;
-    Ainslie et al. 2023, arXiv:2305.13245). A row that sees nothing gets the mean of v: finite, unspecified.
+    softmax(q k^T / sqrt(H)) (Vaswani et al. 2017, arXiv:1706.03762, eq. 1). Query head n reads key-value
+    head n // G (Ainslie et al. 2023, arXiv:2305.13245). q [B, T, N, H], k [B, S, K, H], mask [B, T, S]
+    -> [B, N, T, S], at least float32. A row that sees nothing gets equal weights: finite, unspecified.
     """
     B, T, N, H = q.shape
-    K = k.shape[2]
+    S, K = k.shape[1:3]
     q = q.reshape(B, T, K, N // K, H)  # [B, T, K, G, H]
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k) * H**-0.5  # [B, K, G, T, S]
     scores = scores.astype(at_least_float32(scores.dtype))
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)  # [B, K, G, T, S]
+    return jax.nn.softmax(scores, axis=-1).reshape(B, N, T, S)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    rate: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Scaled dot-product attention: each query's weighted mean of the values, per head.
+
+    q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S] -> [B, T, N, H]. `key` drops weights at `rate`.
+    """
+    B, T, N, H = q.shape
+    S, K = v.shape[1:3]
+    weights = dropout(attention_weights(q, k, mask).astype(v.dtype), rate, key)  # [B, N, T, S]
+    weights = weights.reshape(B, K, N // K, T, S)  # [B, K, G, T, S]
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)  # [B, T, N, H]
 
 

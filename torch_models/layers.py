@@ -11,6 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from torch_models.random import bits, fold_in
+from twinformers.errors import UsageError
+
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """float32 for the half precisions, the dtype itself for float32 and float64."""
@@ -31,6 +34,47 @@ class RMSNorm(nn.Module):
         return wide.to(x.dtype) * self.weight
 
 
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016, arXiv:1607.06450). [..., D] -> same"""
+
+    def __init__(self, size: int, eps: float, *, dtype: torch.dtype):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(size, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.to(at_least_float32(x.dtype))
+        wide = wide - torch.mean(wide, dim=-1, keepdim=True)
+        wide = wide * torch.rsqrt(torch.mean(wide * wide, dim=-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight + self.bias
+
+
+def subkey(key: torch.Tensor | None, data: torch.Tensor | int) -> torch.Tensor | None:
+    """`fold_in` for a key that may be missing: without one nothing below drops anything."""
+    return None if key is None else fold_in(key, data)
+
+
+def dropout(x: torch.Tensor, rate: float, key: torch.Tensor | None) -> torch.Tensor:
+    """Zero each element with probability `rate` and scale the others up; without a key, x itself.
+
+    Srivastava et al. 2014. The key alone decides which: the masks of both frameworks are the same.
+    """
+    if key is None or rate == 0:
+        return x
+    keep = bits(key, tuple(x.shape)) < round((1 - rate) * 2**32)
+    return torch.where(keep, x * (1 / (1 - rate)), 0)
+
+
+#: Activations by Hugging Face's names; plain GELU is the exact one.
+ACTIVATIONS = {
+    "relu": nn.functional.relu,
+    "silu": nn.functional.silu,
+    "swish": nn.functional.silu,
+    "gelu": lambda x: nn.functional.gelu(x, approximate="none"),
+}
+
+
 class KVCache(NamedTuple):
     """Keys and values seen so far. A token at position p lies in slot p mod S of its row.
 
@@ -40,6 +84,14 @@ class KVCache(NamedTuple):
     k: torch.Tensor  # [L, B, S+1, K, H]
     v: torch.Tensor  # [L, B, S+1, K, H]
     positions: torch.Tensor  # [B, S+1] int32, -1 where empty
+
+
+class CrossCache(NamedTuple):
+    """The encoder's output as the decoder's layers see it: computed once per source, never written again."""
+
+    k: torch.Tensor  # [L, B, S, N, H]
+    v: torch.Tensor  # [L, B, S, N, H]
+    positions: torch.Tensor  # [B, S] int32, -1 for padding
 
 
 class Context(NamedTuple):
@@ -63,12 +115,21 @@ def empty_cache(
     )
 
 
-def place(positions: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, KVCache]:
+def place(positions: torch.Tensor, cache: KVCache, window: int | None = None) -> tuple[torch.Tensor, KVCache]:
     """Assign each token of a call its slot, and note the positions there. [B, T] -> [B, T]
 
     Padding goes to the scratch slot, and so does whatever a later token of the same call overwrites.
+    With a sliding window, UsageError where the call would overwrite keys that its first token still sees.
     """
-    length = cache.positions.shape[1] - 1
+    T, length = positions.shape[1], cache.positions.shape[1] - 1
+    if window is not None and T > 1 and length < window + T - 1:
+        raise UsageError(
+            f"a call of {T} tokens would overwrite keys that its window of {window} still sees",
+            where="cache",
+            expected=f"at least window + tokens - 1 = {window + T - 1} slots",
+            found=f"{length} slots",
+            hint="make the cache longer, or give the tokens in smaller chunks",
+        )
     kept = (positions >= 0) & (positions > positions.amax(dim=1, keepdim=True) - length)  # [B, T]
     slots = torch.where(kept, positions % length, length)  # [B, T]
     rows = torch.arange(positions.shape[0], device=positions.device)[:, None]  # [B, 1]
@@ -85,10 +146,24 @@ def store(cache: KVCache, layer: int, slots: torch.Tensor, k: torch.Tensor, v: t
     return cache
 
 
-def visible(positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
-    """The causal rule: a key is seen from its own position on, padding never. [B, T], [B, S] -> [B, T, S]"""
-    queries, keys = positions[:, :, None], key_positions[:, None, :]
-    return (keys >= 0) & (keys <= queries)
+def visible(
+    positions: torch.Tensor, key_positions: torch.Tensor, window: int | None = None, *, causal: bool = True
+) -> torch.Tensor:
+    """Which keys each query sees: all up to its own position; never padding. [B, T], [B, S] -> [B, T, S]
+
+    With a window, only those less than `window` positions away; without the causal rule, later ones too.
+    """
+    if window is not None and window < 1:
+        raise UsageError(
+            "bad value", where="window", expected="a positive number, or None", found=str(window)
+        )
+    distance = positions[:, :, None] - key_positions[:, None, :]  # [B, T, S]
+    seen = (key_positions[:, None, :] >= 0).expand(distance.shape)
+    if causal:
+        seen = seen & (distance >= 0)
+    if window is not None:
+        seen = seen & (torch.abs(distance) < window)
+    return seen
 
 
 def rotary_angles(
@@ -109,19 +184,39 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return turned.to(x.dtype)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Scaled dot-product attention with grouped heads: N/K query heads share a key-value head.
+def attention_weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """How much each query takes from each key, per head; a query's weights add up to 1, and padding gets 0.
 
-    q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S] -> [B, T, N, H] (Vaswani et al. 2017, eq. 1;
-    Ainslie et al. 2023, arXiv:2305.13245). A row that sees nothing gets the mean of v: finite, unspecified.
+    softmax(q k^T / sqrt(H)) (Vaswani et al. 2017, arXiv:1706.03762, eq. 1). Query head n reads key-value
+    head n // G (Ainslie et al. 2023, arXiv:2305.13245). q [B, T, N, H], k [B, S, K, H], mask [B, T, S]
+    -> [B, N, T, S], at least float32. A row that sees nothing gets equal weights: finite, unspecified.
     """
     B, T, N, H = q.shape
-    K = k.shape[2]
+    S, K = k.shape[1:3]
     q = q.reshape(B, T, K, N // K, H)  # [B, T, K, G, H]
     scores = torch.einsum("btkgh,bskh->bkgts", q, k) * H**-0.5  # [B, K, G, T, S]
     scores = scores.to(at_least_float32(scores.dtype))
     scores = torch.where(mask[:, None, None], scores, torch.finfo(scores.dtype).min)
-    weights = torch.softmax(scores, dim=-1).to(v.dtype)  # [B, K, G, T, S]
+    return torch.softmax(scores, dim=-1).reshape(B, N, T, S)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    rate: float = 0.0,
+    key: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Scaled dot-product attention: each query's weighted mean of the values, per head.
+
+    q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S] -> [B, T, N, H]. `key` drops weights at `rate`.
+    """
+    B, T, N, H = q.shape
+    S, K = v.shape[1:3]
+    weights = dropout(attention_weights(q, k, mask).to(v.dtype), rate, key)  # [B, N, T, S]
+    weights = weights.reshape(B, K, N // K, T, S)  # [B, K, G, T, S]
     return torch.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)  # [B, T, N, H]
 
 

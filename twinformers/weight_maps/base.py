@@ -5,16 +5,20 @@ one side to another is `einops.rearrange(x, f"{axes_there} -> {axes_here}")`, an
 it; nothing is ever scaled, so a round trip is bit-identical. The axes also give the shape, so that
 headers can be checked by arithmetic before a byte of data is read.
 
-Sides: `hf` (Hugging Face), `gguf`, `torch` and `jax` (the twins).
+Where one side stores several of our parameters in one tensor, brackets list the parts, and each row says
+which one it is: with `([N H | K H | K H]) D`, the queries', keys' and values' rows lie below each other.
+Such a tensor is cut where it is read and packed where it is written.
+
+Sides: `hf` (Hugging Face), `gguf`, `meta` (LLaMA as Meta publishes it), `torch` and `jax` (the twins).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from twinformers.errors import WeightsError
 
@@ -23,23 +27,41 @@ if TYPE_CHECKING:
 
     from twinformers.checkpoints.base import TensorInfo
 
-SIDES = ("hf", "gguf", "torch", "jax")
+SIDES = ("hf", "gguf", "meta", "torch", "jax")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one tensor lives on one side: its name there (`{i}` counts layers) and its axes."""
+    """Where one parameter lives on one side: its tensor's name (`{i}` counts layers) and the tensor's axes.
+
+    If the axes have brackets, `part` says which of the parts between them the parameter is.
+    """
 
     name: str
     axes: str
+    part: int = 0
+
+    @property
+    def fused(self) -> bool:
+        """Whether the tensor holds other parameters too."""
+        return "[" in self.axes
+
+    @property
+    def own_axes(self) -> str:
+        """The axes of the part alone: part 0 of "([N H | K H | K H]) D" is "(N H) D"."""
+        return re.sub(r"\[([^]]*)\]", lambda parts: parts[1].split("|")[self.part].strip(), self.axes)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: its places by side. `over` names the index of the repeated block, if any."""
+    """One parameter: its places by side. `over` names the index of the repeated block, if any.
+
+    What does not train is a weight like any other, but no parameter: see `Fixed`.
+    """
 
     places: Mapping[str, Place]
     over: str | None = None
+    trains: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,9 +77,17 @@ class Tied:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A tensor that a file may hold and that the configuration already determines; it is not read."""
+    """A tensor that a file may hold and that the configuration already determines; it is not read.
+
+    `value` makes it, in float64, where files without it are incomplete to their reader: `port` writes it.
+    """
 
     places: Mapping[str, str]
+    value: Callable[[], np.ndarray] | None = None
+
+
+#: How a row gives its place on another side: the name, the axes where they are not torch's, the part.
+There = str | tuple[str, str] | tuple[str, str, int]
 
 
 def _groups(axes: str) -> list[str]:
@@ -65,61 +95,112 @@ def _groups(axes: str) -> list[str]:
     return re.findall(r"\([^)]*\)|\S+", axes)
 
 
-def _row(path: str, leaves: Mapping[str, str], axes: str, jax_axes: str, places: Mapping[str, Any]) -> Row:
+def _row(path: str, leaves: Mapping[str, str], axes: str, jax_axes: str, places: Mapping[str, There]) -> Row:
     sides = {
         "torch": Place(f"{path}.{leaves['torch']}", axes),
         "jax": Place(f"{path}.{leaves['jax']}", jax_axes),
     }
     for side, place in places.items():
-        name, there = (place, axes) if isinstance(place, str) else place
-        sides[side] = Place(name, there)
-    return Row(sides, over="i" if "{i}" in path else None)
+        sides[side] = Place(place, axes) if isinstance(place, str) else Place(*place)
+    index = re.search(r"\{(\w+)\}", path)
+    return Row(sides, over=index[1] if index else None)
 
 
-def Linear(path: str, axes: str, **places: str | tuple[str, str]) -> Row:
+def Linear(path: str, axes: str, **places: There) -> Row:
     """A matrix: torch and Hugging Face store [out, in], Flax [in, out]. `axes` are torch's."""
     out, into = _groups(axes)
     return _row(path, {"torch": "weight", "jax": "kernel"}, axes, f"{into} {out}", places)
 
 
-def Norm(path: str, axes: str, **places: str | tuple[str, str]) -> Row:
+def Bias(path: str, axes: str, **places: There) -> Row:
+    """What is added to each output feature: `bias` in both."""
+    return _row(path, {"torch": "bias", "jax": "bias"}, axes, axes, places)
+
+
+def Norm(path: str, axes: str, **places: There) -> Row:
     """The scale of a normalisation: torch's `weight`, Flax's `scale`."""
     return _row(path, {"torch": "weight", "jax": "scale"}, axes, axes, places)
 
 
-def Embedding(path: str, axes: str, **places: str | tuple[str, str]) -> Row:
+def Embedding(path: str, axes: str, **places: There) -> Row:
     """A table of rows: torch's `weight`, Flax's `embedding`, [count, features] in both."""
     return _row(path, {"torch": "weight", "jax": "embedding"}, axes, axes, places)
 
 
+def Fixed(path: str, axes: str, **places: There) -> Row:
+    """A weight that is given and never learned: a buffer in torch, in Flax a Variable that is no Param."""
+    row = _row(path, {"torch": "", "jax": ""}, axes, axes, places)
+    return replace(
+        row, places={s: replace(p, name=p.name.rstrip(".")) for s, p in row.places.items()}, trains=False
+    )
+
+
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor of one model: a row with its layer filled in and its axes measured."""
+    """One parameter of one model: a row with its layer filled in and its axes measured."""
 
     places: Mapping[str, Place]
     sizes: Mapping[str, int]
+    trains: bool = True
 
     def name(self, side: str) -> str:
         return self.places[side].name
 
     def shape(self, side: str) -> tuple[int, ...]:
-        return tuple(
-            math.prod(self.sizes[a] for a in group.strip("()").split())
-            for group in _groups(self.places[side].axes)
+        """The shape of the tensor that the side stores, all its parts included."""
+        measured = [self._measure(group) for group in _groups(self.places[side].axes)]
+        return tuple(before * sum(widths) * after for before, widths, after in measured)
+
+    def _measure(self, group: str) -> tuple[int, list[int], int]:
+        """The sizes of what stands before the brackets, of each part between them, and of what follows."""
+        before, _, rest = group.strip("()").partition("[")
+        parts, _, after = rest.partition("]")
+        *widths, first, last = (
+            math.prod(int(a) if a.isdecimal() else self.sizes[a] for a in letters.split())
+            for letters in [*parts.split("|"), before, after]
         )
+        return first, widths, last
+
+    def _parts(self, side: str) -> tuple[list[int], int, list[int]]:
+        """A fused tensor's shape with its parts on an axis of their own (-1), that axis, and their widths."""
+        shape: list[int] = []
+        for group in _groups(self.places[side].axes):
+            before, parts, after = self._measure(group)
+            if "[" in group:
+                axis, widths = len(shape) + 1, parts
+                shape += [before, -1, after]
+            else:
+                shape.append(before)
+        return shape, axis, widths
 
     def move(self, array: np.ndarray, source: str, target: str) -> np.ndarray:
-        """The tensor as `target` stores it; a view where no element moves. Any dtype, bit for bit."""
-        here, there = self.places[source].axes, self.places[target].axes
-        if here == there:
+        """The parameter in the axes of `target`, out of the tensor that `source` stores. Any dtype, bit for
+        bit; a view where no element moves.
+        """
+        place, there = self.places[source], self.places[target].own_axes
+        if place.fused:
+            import numpy as np
+
+            shape, axis, widths = self._parts(source)
+            cuts = np.cumsum(widths)[:-1]
+            array = np.split(array.reshape(shape), cuts, axis)[place.part]
+            array = array.reshape([self._measure(group)[0] for group in _groups(place.own_axes)])
+        if (here := place.own_axes) == there:
             return array
         from einops import rearrange
 
-        return rearrange(array, f"{here} -> {there}", **{a: self.sizes[a] for a in re.findall(r"\w+", here)})
+        return rearrange(
+            array, f"{here} -> {there}", **{a: self.sizes[a] for a in re.findall(r"[A-Za-z]\w*", here)}
+        )
 
-    def moves(self, source: str, target: str) -> bool:
-        """Whether any element changes its place between the two sides."""
-        return self.places[source].axes != self.places[target].axes
+    def pack(self, pieces: list[np.ndarray], side: str) -> np.ndarray:
+        """The tensor that the side stores, from all its parts in their order there."""
+        if not self.places[side].fused:
+            return pieces[0]
+        import numpy as np
+
+        shape, axis, _ = self._parts(side)
+        return np.concatenate([piece.reshape(shape) for piece in pieces], axis).reshape(self.shape(side))
 
 
 @dataclass(frozen=True)
@@ -127,61 +208,108 @@ class WeightMap:
     """The table of one architecture, measured for one configuration.
 
     `modules` pairs our submodule paths with Hugging Face's, for comparing activations; rows pair the rest.
+    `absent` says why there is no Hugging Face side, where the rows have none.
     """
 
     rows: tuple[Row | Tied | Buffer, ...]
     sizes: Mapping[str, int]
     counts: Mapping[str, int]
     modules: Mapping[str, str]
-    _cache: dict[str, dict[str, Leaf]] = field(default_factory=dict, compare=False, repr=False)
+    absent: str = ""
+    _cache: dict[str, dict[str, list[Leaf]]] = field(default_factory=dict, compare=False, repr=False)
+
+    def tensors(self, side: str) -> dict[str, list[Leaf]]:
+        """Every tensor that the side must have, by its name there, in the order of the table.
+
+        Each with the parameters that it holds, in their order there: one, unless it is fused. Raises
+        WeightsError if the rows leave out a part or name it twice, and for a side that they do not have.
+        """
+        if side not in self._cache:
+            result: dict[str, list[Leaf]] = {}
+            for leaf in self._expand():
+                if side not in leaf.places:
+                    raise WeightsError(
+                        "this model has no such form",
+                        where=side,
+                        expected=f"one of {', '.join(sorted(leaf.places))}",
+                        found=f"no place for {leaf.name('torch')}",
+                        hint=self.absent,
+                    )
+                result.setdefault(leaf.name(side), []).append(leaf)
+            for name, parts in result.items():
+                parts.sort(key=lambda leaf: leaf.places[side].part)
+                found = [leaf.places[side].part for leaf in parts]
+                expected = list(range(parts[0].places[side].axes.count("|") + 1))
+                if found != expected:
+                    raise WeightsError(
+                        "the rows of a tensor are not its parts",
+                        where=f"{side}: {name}",
+                        expected=f"parts {expected}",
+                        found=str(found),
+                    )
+            self._cache[side] = result
+        return self._cache[side]
 
     def leaves(self, side: str) -> dict[str, Leaf]:
-        """Every tensor that the side must have, by its name there, in the order of the table."""
-        if side not in self._cache:
-            self._cache[side] = {leaf.name(side): leaf for leaf in self._expand()}
-        return self._cache[side]
+        """Every tensor of a side that fuses none, such as the twins': by its name, its one parameter."""
+        return {name: leaf for name, (leaf,) in self.tensors(side).items()}
+
+    def produce(self, name: str, side: str, read: Callable[[str], np.ndarray], source: str) -> np.ndarray:
+        """The tensor `name` of `side`, made of what `read` gives for the names that `source` has."""
+        parts = self.tensors(side)[name]
+        return parts[0].pack([leaf.move(read(leaf.name(source)), source, side) for leaf in parts], side)
 
     def _expand(self) -> Iterator[Leaf]:
         rows = [r for r in self.rows if isinstance(r, Row)]
-        yield from (Leaf(r.places, self.sizes) for r in rows if r.over is None)
+        yield from (Leaf(r.places, self.sizes, r.trains) for r in rows if r.over is None)
         for index, count in self.counts.items():
             repeated = [r for r in rows if r.over == index]
             for n in range(count):
                 for r in repeated:
                     filled = {
-                        s: Place(p.name.replace(f"{{{index}}}", str(n)), p.axes) for s, p in r.places.items()
+                        s: replace(p, name=p.name.replace(f"{{{index}}}", str(n)))
+                        for s, p in r.places.items()
                     }
-                    yield Leaf(filled, self.sizes)
+                    yield Leaf(filled, self.sizes, r.trains)
 
     @property
     def parameters(self) -> int:
         """How many numbers the model learns; a tied head counts once."""
-        return sum(math.prod(leaf.shape("torch")) for leaf in self.leaves("torch").values())
+        return sum(math.prod(leaf.shape("torch")) for leaf in self.leaves("torch").values() if leaf.trains)
 
     def tied(self, side: str) -> dict[str, str]:
         """Tensors that the side may hold in addition, each with the one that it must equal."""
         return {r.places[side]: r.to[side] for r in self.rows if isinstance(r, Tied) and side in r.places}
 
-    def _buffers(self, side: str) -> set[str]:
+    def buffers(self, side: str) -> set[str]:
         names = [r.places[side] for r in self.rows if isinstance(r, Buffer) and side in r.places]
         return {
             n.replace("{i}", str(k)) for n in names for k in (range(self.counts["i"]) if "{i}" in n else [0])
         }
 
+    def written(self, side: str) -> dict[str, Callable[[], np.ndarray]]:
+        """Tensors that hold no weight of ours and that the side's reader misses: what makes each, by name."""
+        rows = [r for r in self.rows if isinstance(r, Buffer) and side in r.places]
+        return {r.places[side]: r.value for r in rows if r.value is not None}
+
     def module_paths(self) -> dict[str, str]:
-        """Our submodule paths to Hugging Face's, layers filled in; the paths of leaves included."""
+        """Our submodule paths to Hugging Face's, layers filled in; the paths of leaves included.
+
+        A fused tensor's module has no counterpart here: it returns several of ours in one.
+        """
         pairs = {
             r.places["torch"].name.rpartition(".")[0]: r.places["hf"].name.rpartition(".")[0]
             for r in self.rows
-            if isinstance(r, Row)
+            # A name without a dot is a tensor of the model itself.
+            if isinstance(r, Row) and not r.places["hf"].fused and "." in r.places["torch"].name
         }
         result = {}
         for ours, theirs in (pairs | dict(self.modules)).items():
-            if "{i}" in ours:
-                for n in range(self.counts["i"]):
-                    result[ours.replace("{i}", str(n))] = theirs.replace("{i}", str(n))
-            else:
-                result[ours] = theirs
+            index = re.search(r"\{(\w+)\}", ours)
+            for n in range(self.counts[index[1]]) if index else [None]:
+                result[ours.replace(index[0], str(n)) if index else ours] = (
+                    theirs.replace(index[0], str(n)) if index else theirs
+                )
         return result
 
     def check(self, side: str, tensors: Mapping[str, TensorInfo], where: str) -> None:
@@ -189,9 +317,9 @@ class WeightMap:
 
         Raises WeightsError naming file, tensor, expected and found.
         """
-        leaves = self.leaves(side)
+        leaves = self.tensors(side)
         missing = [name for name in leaves if name not in tensors]
-        extra = sorted(tensors.keys() - leaves.keys() - self._buffers(side) - self.tied(side).keys())
+        extra = sorted(tensors.keys() - leaves.keys() - self.buffers(side) - self.tied(side).keys())
         if missing:
             also = f"; left over: {_some(extra)}" if extra else ""
             raise WeightsError(
@@ -209,7 +337,7 @@ class WeightMap:
                 found=f"{len(tensors)} tensors",
                 hint="config.json belongs to another model, or to a variant that is not implemented",
             )
-        shapes = {name: leaf.shape(side) for name, leaf in leaves.items()}
+        shapes = {name: parts[0].shape(side) for name, parts in leaves.items()}
         shapes |= {name: shapes[to] for name, to in self.tied(side).items() if name in tensors}
         for name, shape in shapes.items():
             if tensors[name].shape != shape:
