@@ -12,6 +12,7 @@ import torch_models.llama
 from twinformers import verify
 from twinformers.errors import UsageError
 from twinformers.parity import rounding
+from twinformers.parity.emulation import to_bfloat16, to_tf32
 
 
 def failures(**options):
@@ -65,12 +66,13 @@ def test_norm_computed_in_bfloat16_is_more_than_rounding(twin, monkeypatch):
         )
     else:
         rsqrt = torch.rsqrt
-        # Only the float32 twin: the truth, float64, is left alone.
-        monkeypatch.setattr(
-            torch,
-            "rsqrt",
-            lambda x: rsqrt(x).bfloat16().to(x.dtype) if x.dtype == torch.float32 else rsqrt(x),
-        )
+
+        def coarse(x):
+            # The truth is float64 and the pass that tells dtypes is on "meta": both are left alone.
+            planted = x.dtype == torch.float32 and x.device.type == "cpu"
+            return rsqrt(x).bfloat16().to(x.dtype) if planted else rsqrt(x)
+
+        monkeypatch.setattr(torch, "rsqrt", coarse)
     report = verify("preset:llama-tiny", dtypes=["float32"], checks=["rounding"])
     failed = {(r.left, r.path) for r in report.checks if not r.ok}
     assert {(twin, "rms"), (twin, "max")} == failed
@@ -82,6 +84,24 @@ def test_half_precision_twins_err_no_more_than_rounding_explains():
     assert report.ok and {(r.dtype, r.left, r.path) for r in judged} == {
         (d, t, p) for d in ("bfloat16", "float16") for t in ("jax", "torch") for p in ("rms", "max")
     }
+
+
+def test_emulated_products_round_as_the_formats_do():
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 100
+    # A float with ten stored bits of mantissa: x divided by its unit in the last place, rounded to even.
+    mantissa, exponent = torch.frexp(x.double())
+    assert torch.equal(to_tf32(x).double(), torch.ldexp(torch.round(mantissa * 2**11), exponent - 11))
+    assert torch.equal(to_bfloat16(x).double(), torch.ldexp(torch.round(mantissa * 2**8), exponent - 8))
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1.0, 2.0**-126])
+    assert torch.equal(to_tf32(special).nan_to_num(7.0), special.nan_to_num(7.0))
+
+
+def test_default_products_of_tpu_and_tf32_are_reported_beside_float32():
+    report = verify("preset:llama-tiny", dtypes=["float32"], checks=["rounding"])
+    error = {r.left: r.max_abs for r in report.checks if r.path == "rms"}
+    # 8 bits of significand against 11 against 24
+    assert error["TPU default"] > 4 * error["TF32"] > 16 * error["torch"]
+    assert all(r.limit is None for r in report.checks if r.left in ("TPU default", "TF32"))
 
 
 def test_submodule_that_only_one_twin_has_is_a_failure(monkeypatch):

@@ -118,6 +118,9 @@ def _forward(
             results += _rounding(dtype, name, run.logits, lazy, judged=True)
         if beside:
             results += _rounding(dtype, "transformers", hf_logits, lazy, judged=False)
+        if dtype == "float32":
+            for name, logits in _emulated(checkpoint, inputs).items():
+                results += _rounding(dtype, name, logits, lazy, judged=False)
     if "generation" in checks:
         results.append(_generation(checkpoint, dtype, inputs, jx, pt, lazy))
     return results
@@ -270,6 +273,20 @@ def _rounding(
             )
         )
     return results
+
+
+def _emulated(checkpoint: Checkpoint, inputs: Inputs) -> dict[str, np.ndarray]:
+    """The float32 logits that a device's default products would give."""
+    import torch
+
+    from twinformers.parity.emulation import DEFAULTS, products_in
+
+    model = load(checkpoint, "torch", "float32")
+    found = {}
+    for name, rounded in DEFAULTS.items():
+        with torch.inference_mode(), products_in(rounded):
+            found[name] = model(*(torch.from_numpy(x) for x in inputs))[0].numpy()
+    return found
 
 
 def _generation(
