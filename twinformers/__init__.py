@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from twinformers.loading import load as load
     from twinformers.loading import load_config as load_config
     from twinformers.loading import load_tokenizer as load_tokenizer
+    from twinformers.parity.report import write_report as write_report
     from twinformers.parity.verify import VerifyReport as VerifyReport
     from twinformers.parity.verify import verify as verify
 
@@ -35,6 +36,7 @@ _HOMES = {
     "port": "checkpoints",
     "VerifyReport": "parity.verify",
     "verify": "parity.verify",
+    "write_report": "parity.report",
 }
 __all__ = sorted(_HOMES)
 

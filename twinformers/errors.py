@@ -23,6 +23,11 @@ class TwinformersError(Exception):
         super().__init__("\n".join(lines))
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line; its type where it says nothing."""
+    return next(iter(str(error).splitlines()), "")[:300] or type(error).__name__
+
+
 class SourceError(TwinformersError):
     """The source does not exist, or is none of the forms that the sources grammar knows."""
 

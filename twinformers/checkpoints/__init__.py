@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from twinformers.checkpoints.base import Checkpoint, TensorInfo
+from twinformers.checkpoints.grouping import grouped
 from twinformers.checkpoints.porting import PortResult, convert, port
 from twinformers.checkpoints.sources import open_checkpoint, opened
 
-__all__ = ["Checkpoint", "PortResult", "TensorInfo", "convert", "open_checkpoint", "opened", "port"]
+__all__ = [
+    "Checkpoint",
+    "PortResult",
+    "TensorInfo",
+    "convert",
+    "grouped",
+    "open_checkpoint",
+    "opened",
+    "port",
+]

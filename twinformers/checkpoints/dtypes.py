@@ -40,6 +40,13 @@ def stored_dtype(dtype: str, stored: str) -> str:
     return stored if stored in DTYPES else "float32"
 
 
+def widest(names: set[str]) -> str:
+    """The smallest dtype that holds what each of them holds: float32 for bfloat16 and float16 together."""
+    if len(names) == 1:
+        return next(iter(names))
+    return "float64" if "float64" in names else "float32"
+
+
 def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
     """The array in that dtype. A finite value that becomes infinite is reported as a warning."""
     import numpy as np

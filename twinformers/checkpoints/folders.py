@@ -29,21 +29,30 @@ SINGLE = "model.safetensors"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises FormatError for anything else."""
+def read_file(path: Path) -> bytes:
+    """The content of a small file. Raises FormatError where it cannot be read."""
     try:
-        value = json.loads(path.read_bytes())
+        return path.read_bytes()
     except FileNotFoundError:
         raise FormatError("the file does not exist", where=str(path)) from None
-    except (ValueError, RecursionError) as error:
-        raise FormatError("not readable as JSON", where=str(path), found=str(error)) from None
     except OSError as error:
         raise FormatError("the file cannot be read", where=str(path), found=str(error)) from None
+
+
+def json_object(content: bytes, where: str) -> dict[str, Any]:
+    """The object that some JSON is. Raises FormatError for anything else."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise FormatError("not readable as JSON", where=where, found=str(error)) from None
     if not isinstance(value, dict):
-        raise FormatError(
-            "not a JSON object", where=str(path), expected="an object", found=type(value).__name__
-        )
+        raise FormatError("not a JSON object", where=where, expected="an object", found=type(value).__name__)
     return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises FormatError for anything else."""
+    return json_object(read_file(path), str(path))
 
 
 class FolderCheckpoint(Checkpoint):
@@ -56,12 +65,16 @@ class FolderCheckpoint(Checkpoint):
 
     @cached_property
     def assets(self) -> Mapping[str, bytes]:  # type: ignore[override]
-        found = {name: (self.folder / name).read_bytes() for name in ASSETS if (self.folder / name).is_file()}
+        found = {name: read_file(self.folder / name) for name in ASSETS if (self.folder / name).is_file()}
         if "generation_config.json" not in found:
             ids = {k: self.raw_config[k] for k in TOKEN_IDS if self.raw_config.get(k) is not None}
             if ids:
                 found["generation_config.json"] = (json.dumps(ids, indent=2) + "\n").encode()
         return found
+
+    @property
+    def files(self) -> list[str]:
+        return [str(self.folder)]
 
 
 class SafetensorsFolder(FolderCheckpoint):
@@ -86,6 +99,14 @@ class SafetensorsFolder(FolderCheckpoint):
             )
         self._files = SafetensorsFiles(paths)
         if self._listed is not None:
+            if (folder / SINGLE).exists() and folder / SINGLE not in paths:
+                raise FormatError(
+                    "the folder holds two sets of weights",
+                    where=str(folder / SINGLE),
+                    expected=f"this file or {INDEX} with its shards",
+                    found="both",
+                    hint="remove the one that is out of date; transformers would read this file",
+                )
             self._compare_with_index(index, self._listed)
 
     @staticmethod
@@ -125,14 +146,15 @@ class SafetensorsFolder(FolderCheckpoint):
 
     @property
     def files(self) -> list[str]:
-        return [str(f) for f in self._files.files]
+        # A hub's folder holds links: its files lie somewhere else.
+        return [*super().files, *(str(f) for f in self._files.files)]
 
     def close(self) -> None:
         self._files.close()
 
 
 def open_folder(source: str, folder: Path) -> Checkpoint:
-    """Open a folder by what lies in it: a twin's by its marker, Hugging Face's by its config.json."""
+    """Open a folder by what lies in it: a twin's marker, Hugging Face's config.json or Meta's params.json."""
     marker = folder / MARKER
     if marker.exists():
         found = read_json(marker)
@@ -144,16 +166,30 @@ def open_folder(source: str, folder: Path) -> Checkpoint:
                 found=f"version {found.get('version')!r}, format {found.get('format')!r}",
                 hint="it may have been written by a newer version of twinformers",
             )
+        checkpoint: FolderCheckpoint
         if found["format"] == "torch":
-            return SafetensorsFolder(source, folder, side="torch")
-        from twinformers.checkpoints.orbax import OrbaxFolder
+            checkpoint = SafetensorsFolder(source, folder, side="torch")
+        else:
+            from twinformers.checkpoints.orbax import OrbaxFolder
 
-        return OrbaxFolder(source, folder)
+            checkpoint = OrbaxFolder(source, folder)
+        if (stem := found.get("architecture")) != checkpoint.config.architecture:
+            raise FormatError(
+                "the folder's files disagree about the architecture",
+                where=str(marker),
+                expected=f"{checkpoint.config.architecture!r}, as in config.json",
+                found=repr(stem),
+            )
+        return checkpoint
     if (folder / "config.json").exists():
         return SafetensorsFolder(source, folder, side="hf")
+    if (folder / "params.json").exists():
+        from twinformers.checkpoints.meta import MetaFolder
+
+        return MetaFolder(source, folder)
     raise SourceError(
         "the folder is no checkpoint",
         where=str(folder),
-        expected=f"config.json with safetensors, or {MARKER}",
+        expected=f"config.json with safetensors, params.json with consolidated.NN.pth, or {MARKER}",
         found=", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing",
     )

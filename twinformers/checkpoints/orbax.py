@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from twinformers.checkpoints.base import TensorInfo
 from twinformers.checkpoints.dtypes import DTYPES, numpy_dtype
 from twinformers.checkpoints.folders import FolderCheckpoint
-from twinformers.errors import FormatError, MissingDependency
+from twinformers.errors import FormatError, MissingDependency, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,12 +74,26 @@ class OrbaxFolder(FolderCheckpoint):
             raise FormatError(
                 "not a readable Orbax checkpoint",
                 where=str(self._path),
-                found=str(error).splitlines()[0][:300],
+                found=first_line(error),
             ) from None
-        if not isinstance(tree, Mapping) or any(not hasattr(leaf, "shape") for leaf in tree.values()):
+        if tree is None:  # Orbax says why to its log alone
+            raise FormatError(
+                "not a readable Orbax checkpoint",
+                where=str(self._path),
+                expected="the description of every array",
+                found="some that are missing or damaged",
+                hint="the folder is incomplete; copy or port it again",
+            )
+        odd = (
+            [n for n, leaf in tree.items() if not hasattr(leaf, "shape")]
+            if isinstance(tree, Mapping)
+            else [""]
+        )
+        if odd:
             raise FormatError(
                 "not a flat dictionary of arrays",
-                where=str(self._path),
+                where=f"{self._path}: {odd[0]}" if odd[0] else str(self._path),
+                expected="an array under every name",
                 hint="only folders written by `twinformers port --to jax` are read",
             )
         self._tensors = {
@@ -130,14 +144,10 @@ class OrbaxFolder(FolderCheckpoint):
         except Exception as error:
             raise FormatError(
                 "the Orbax checkpoint cannot be read",
-                where=f"{self._path}: {names[0]}",
-                found=str(error).splitlines()[0][:300],
+                where=str(self._path),
+                found=first_line(error),
             ) from None
         return {n: np.asarray(loaded[n]) for n in names}
-
-    @property
-    def files(self) -> list[str]:
-        return [str(self._path)]
 
 
 def write_orbax(folder: Path, entries: Sequence[Entry], on_tensor) -> None:

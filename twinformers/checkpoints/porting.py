@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinformers.checkpoints.base import Checkpoint
-from twinformers.checkpoints.dtypes import cast, check_dtype, stored_dtype
-from twinformers.checkpoints.folders import MARKER, TOKEN_IDS, VERSION
+from twinformers.checkpoints.dtypes import cast, check_dtype, stored_dtype, widest
+from twinformers.checkpoints.folders import MARKER, TOKEN_IDS, VERSION, json_object
+from twinformers.checkpoints.grouping import grouped
 from twinformers.checkpoints.safetensors_io import Entry, write_shards
 from twinformers.checkpoints.sources import opened
 from twinformers.errors import DestinationError, UsageError, WeightsError
@@ -58,19 +59,24 @@ def entries(checkpoint: Checkpoint, side: str, dtype: str) -> list[Entry]:
     table.check(checkpoint.side, checkpoint.tensors, checkpoint.source)
     _check_tied(checkpoint)
 
-    def produce(name: str, target: str) -> np.ndarray:
-        return cast(leaves[name].move(checkpoint.read(name), checkpoint.side, side), target, name)
+    def produce(name: str, kept: str) -> np.ndarray:
+        return table.produce(name, side, lambda n: cast(checkpoint.read(n), kept, n), checkpoint.side)
 
-    leaves = table.leaves(checkpoint.side)
-    return [
-        Entry(
-            leaf.name(side),
-            leaf.shape(side),
-            target := stored_dtype(dtype, checkpoint.tensors[name].dtype),
-            partial(produce, name, target),
-        )
-        for name, leaf in leaves.items()
-    ]
+    result = []
+    for name, parts in table.tensors(side).items():
+        stored = {checkpoint.tensors[leaf.name(checkpoint.side)].dtype for leaf in parts}
+        kept = widest({stored_dtype(dtype, s) for s in stored})
+        result.append(Entry(name, parts[0].shape(side), kept, partial(produce, name, kept)))
+    return result
+
+
+def written(checkpoint: Checkpoint, side: str, dtype: str) -> list[Entry]:
+    """The tensors that hold no weight and that the side's reader misses all the same."""
+    result = []
+    for name, value in weight_map(checkpoint.config).written(side).items():
+        array = value()
+        result.append(Entry(name, array.shape, dtype, partial(cast, array, dtype, name)))
+    return result
 
 
 def _check_tied(checkpoint: Checkpoint) -> None:
@@ -99,15 +105,17 @@ def port(
     *,
     to: str,
     dtype: str = "keep",
+    kv_heads: int | None = None,
     overwrite: bool = False,
     shard_size: int = SHARD_SIZE,
     on_tensor: Callable[[Entry, int, int], None] | None = None,
 ) -> PortResult:
     """Write `source` as a folder in the format `to` ("hf", "torch" or "jax").
 
-    `dtype` "keep" leaves every tensor as it is stored; a quantised one becomes float32. `on_tensor` is told
-    each tensor written, its number and how many there are. The destination appears whole or not at all.
-    Raises TwinformersError's subclasses for a bad source, an existing destination or a full disk.
+    `dtype` "keep" leaves every tensor as it is stored; a quantised one becomes float32. `kv_heads` pools the
+    key and value heads to that many (see `checkpoints.grouping`). `on_tensor` is told each tensor written,
+    its number and how many there are. The destination appears whole or not at all. Raises
+    TwinformersError's subclasses for a bad source, an existing destination or a full disk.
     """
     if to not in TARGETS:
         raise UsageError(
@@ -117,9 +125,11 @@ def port(
     if shard_size <= 0:
         raise UsageError("bad value", where="shard_size", expected="a positive number", found=str(shard_size))
     start = time.perf_counter()
-    dest = Path(destination).expanduser()
-    with opened(source) as checkpoint, _new_folder(dest, checkpoint, overwrite) as folder:
+    dest = Path(os.path.expanduser(destination))
+    with opened(source) as original, _new_folder(dest, original, overwrite) as folder:
+        checkpoint = original if kv_heads is None else grouped(original, kv_heads)
         plan = entries(checkpoint, to, dtype)
+        plan += written(checkpoint, to, plan[0].dtype)
         done = 0
 
         def told(entry: Entry) -> None:
@@ -128,6 +138,7 @@ def port(
             if on_tensor:
                 on_tensor(entry, done, len(plan))
 
+        _write_company(folder, checkpoint, to, plan)  # before the weights: it is quick, and may be refused
         if to == "jax":
             from twinformers.checkpoints.orbax import write_orbax
 
@@ -135,7 +146,6 @@ def port(
         else:
             # transformers looks for this very entry before it trusts a file to hold PyTorch's layout.
             write_shards(folder, plan, shard_size, {"format": "pt"}, told)
-        _write_company(folder, checkpoint, to, plan)
         dtypes: dict[str, int] = {}
         for e in plan:
             dtypes[e.dtype] = dtypes.get(e.dtype, 0) + 1
@@ -160,7 +170,8 @@ def _write_company(folder: Path, checkpoint: Checkpoint, to: str, plan: list[Ent
     for name, content in assets.items():
         (folder / name).write_bytes(content)
     config = checkpoint.config.to_hf()
-    generation = json.loads(assets.get("generation_config.json", b"{}"))
+    name = "generation_config.json"
+    generation = json_object(assets.get(name, b"{}"), f"{checkpoint.source}: {name}")
     config |= {k: generation[k] for k in TOKEN_IDS if generation.get(k) is not None}
     config["dtype"] = max(plan, key=lambda e: e.bytes).dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -172,41 +183,29 @@ def _write_company(folder: Path, checkpoint: Checkpoint, to: str, plan: list[Ent
 @contextlib.contextmanager
 def _new_folder(dest: Path, checkpoint: Checkpoint, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside `dest` that takes its place if the block ends well, and vanishes if not."""
-    for file in checkpoint.files:
-        if dest.resolve() == Path(file).resolve() or dest.resolve() in Path(file).resolve().parents:
-            raise DestinationError(
-                "the destination holds the source", where=str(dest), hint="name another destination"
-            )
-    if dest.exists() or dest.is_symlink():
-        if not overwrite:
-            raise DestinationError(
-                "the destination exists", where=str(dest), hint="name another one, or pass --overwrite"
-            )
-        # --overwrite replaces a checkpoint; it is not a way to delete a folder of something else.
-        if not dest.is_dir() or (any(dest.iterdir()) and not (dest / "config.json").is_file()):
-            raise DestinationError(
-                "the destination is not a checkpoint, so it is not overwritten",
-                where=str(dest),
-                expected="a folder with a config.json",
-                hint="name another destination, or remove this one yourself",
-            )
-    temporary = dest.parent / f".{dest.name}.{uuid.uuid4().hex[:8]}.tmp"
+    place, mark = Path(os.path.realpath(dest)), uuid.uuid4().hex[:8]
+    temporary, old = (place.parent / f".{place.name[:50]}.{mark}.{kind}" for kind in ("tmp", "old"))
+    absent: list[Path] = []
     try:
-        dest.parent.mkdir(parents=True, exist_ok=True)
+        _check_destination(dest, checkpoint, overwrite)
+        absent = [p for p in place.parents if not p.exists()]
+        place.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                _sync(path)
-        _sync(temporary)
-        if dest.exists():
-            old = dest.parent / f".{dest.name}.{uuid.uuid4().hex[:8]}.old"
-            dest.rename(old)
-            temporary.rename(dest)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(dest)
-        _sync(dest.parent)
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        if place.exists():
+            place.rename(old)
+        try:
+            temporary.rename(place)
+            _sync(place.parent)
+        except BaseException:
+            if not temporary.exists():
+                place.rename(temporary)
+            if old.exists():
+                old.rename(place)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise DestinationError(
             "the destination cannot be written",
@@ -216,6 +215,43 @@ def _new_folder(dest: Path, checkpoint: Checkpoint, overwrite: bool) -> Iterator
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for path in absent:
+            with contextlib.suppress(OSError):  # it is no longer empty, or was never made
+                path.rmdir()
+
+
+def _check_destination(dest: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
+    real = os.path.realpath(dest)
+    for file in map(os.path.realpath, checkpoint.files):
+        if os.path.commonpath([real, file]) in (real, file):
+            raise DestinationError(
+                "the destination is the source, holds it or lies in it",
+                where=str(dest),
+                expected=f"a folder apart from {file}",
+                hint="name another destination",
+            )
+    if not (dest.exists() or dest.is_symlink()):
+        return
+    if not overwrite:
+        raise DestinationError(
+            "the destination exists", where=str(dest), hint="name another one, or pass --overwrite"
+        )
+    if dest.is_symlink():
+        raise DestinationError(
+            "the destination is a symbolic link, so it is not overwritten",
+            where=str(dest),
+            expected="a folder with a config.json",
+            found=f"a link to {os.readlink(dest)}",
+            hint="name the folder that it points to",
+        )
+    # --overwrite replaces a checkpoint; it is not a way to delete a folder of something else.
+    if not dest.is_dir() or (any(dest.iterdir()) and not (dest / "config.json").is_file()):
+        raise DestinationError(
+            "the destination is not a checkpoint, so it is not overwritten",
+            where=str(dest),
+            expected="a folder with a config.json",
+            hint="name another destination, or remove this one yourself",
+        )
 
 
 def _sync(path: Path) -> None:

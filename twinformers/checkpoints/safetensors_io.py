@@ -76,7 +76,18 @@ class SafetensorsFiles:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor; nothing else of its file is touched."""
-        return self._open(Path(self.tensors[name].file)).get_tensor(name)
+        from safetensors import SafetensorError
+
+        file = self.tensors[name].file
+        try:
+            return self._open(Path(file)).get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise FormatError(
+                "the tensor cannot be read",
+                where=f"{file}: {name}",
+                found=str(error),
+                hint="the file changed while it was read, or its disk fails",
+            ) from None
 
     def close(self) -> None:
         for handle in self._handles.values():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from twinformers.checkpoints.base import Checkpoint
-from twinformers.errors import MissingDependency, SourceError
+from twinformers.errors import MissingDependency, SourceError, first_line
 
 GRAMMAR = "a path, preset:NAME[@SEED], demo, or a hub id org/name[@revision]"
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -30,8 +31,8 @@ def open_checkpoint(source: str | Path | Checkpoint) -> Checkpoint:
         return _open_path(text, demo_path())
     if text.startswith("preset:"):
         return _open_preset(text)
-    path = Path(text).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(text))
+    if os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
         return _open_path(text, path)
     if (match := HUB_ID.fullmatch(text)) and not text.startswith("."):
         return _open_path(text, _download(match["repo"], match["revision"]))
@@ -69,8 +70,14 @@ def _open_preset(text: str) -> Checkpoint:
     from twinformers.configs import preset
 
     name, _, seed = text.removeprefix("preset:").partition("@")
-    if seed and not (seed.isdecimal() and int(seed) < 2**64):
-        raise SourceError("the seed is no number", where=text, expected="preset:NAME@SEED", found=repr(seed))
+    # Twenty digits hold 2^64; Python refuses to read thousands of them.
+    if seed and not (seed.isdecimal() and len(seed) <= 20 and int(seed) < 2**64):
+        raise SourceError(
+            "the seed is no number below 2^64",
+            where=text,
+            expected="preset:NAME@SEED",
+            found=repr(seed)[:200],
+        )
     return PresetCheckpoint(text, preset(name), int(seed or 0))
 
 
@@ -101,6 +108,6 @@ def _download(repo: str, revision: str | None) -> Path:
         raise SourceError(
             "no such path, and the hub could not deliver it",
             where=repo,
-            found=(str(error).splitlines() or [type(error).__name__])[0][:300],
+            found=first_line(error),
             hint="check the spelling, the network and the access token",
         ) from None

@@ -49,13 +49,17 @@ def port(
     dest: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[str, typer.Option(help="hf, torch or jax.")],
     dtype: Annotated[str, typer.Option(help="keep, float64, float32, bfloat16 or float16.")] = "keep",
+    kv_heads: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Pool the key and value heads to this many (grouped-query attention)."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
     json: Json = False,
 ) -> None:
     """Write a source as a Hugging Face, PyTorch or Flax folder."""
     from twinformers.cli import port as verb
 
-    verb.run(source, dest, to=to, dtype=dtype, overwrite=overwrite, json=json)
+    verb.run(source, dest, to=to, dtype=dtype, kv_heads=kv_heads, overwrite=overwrite, json=json)
 
 
 @app.command(epilog='Example: twinformers generate demo --framework both --chat --prompt "Who are you?"')
@@ -93,10 +97,15 @@ def verify(
     dtype: Annotated[Optional[list[str]], typer.Option(help="Repeatable; default float64, float32.")] = None,  # noqa: UP045
     check: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="logits, activations, cache, generation, reference; repeatable; default all."),
+        typer.Option(
+            help="logits, activations, cache, generation, reference, rounding (the default: these); "
+            "gradients, training, training-run. Repeatable."
+        ),
     ] = None,
+    steps: Annotated[int, typer.Option(help="Updates of training and training-run.")] = 20,
     jax_device: Annotated[Text, typer.Option(help="cpu, gpu or tpu.")] = None,
     torch_device: Annotated[Text, typer.Option(help="cpu or cuda.")] = None,
+    report: Annotated[Optional[Path], typer.Option(help="Write an HTML page of all figures here.")] = None,  # noqa: UP045
     json: Json = False,
 ) -> None:
     """Prove the twins equal; exit code 1 if a check fails."""
@@ -106,11 +115,67 @@ def verify(
         source,
         dtypes=dtype or [],
         checks=check or [],
+        steps=steps,
         jax_device=jax_device,
         torch_device=torch_device,
+        report_file=report,
         json=json,
     )
     raise typer.Exit(code)
+
+
+@app.command(epilog="Example: twinformers train translation --framework jax --out ./numbers")
+def train(
+    task: Annotated[str, typer.Argument(help="translation: number names, English to German.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; `translate` reads it.")],
+    framework: Annotated[str, typer.Option(help="jax or torch.")] = "jax",
+    steps: Annotated[Optional[int], typer.Option(help="Updates in all; default 3000.")] = None,  # noqa: UP045
+    batch_size: Annotated[Optional[int], typer.Option(help="Pairs per update; default 64.")] = None,  # noqa: UP045
+    warmup: Annotated[Optional[int], typer.Option(help="Updates of growing rate; default 1000.")] = None,  # noqa: UP045
+    dropout: Annotated[Optional[float], typer.Option(help="Default 0.")] = None,  # noqa: UP045
+    seed: Annotated[Optional[int], typer.Option(help="Of weights, batches and dropout; default 0.")] = None,  # noqa: UP045
+    preset: Annotated[Text, typer.Option(help="The model; default transformer-numbers.")] = None,
+    save_every: Annotated[int, typer.Option(help="Write a checkpoint after so many updates.")] = 500,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    json: Json = False,
+) -> None:
+    """Train a translator in either framework; Ctrl-C leaves a checkpoint that --resume goes on with."""
+    from twinformers.cli import train as verb
+
+    settings = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "warmup": warmup,
+        "dropout": dropout,
+        "seed": seed,
+        "preset": preset,
+    }
+    options = {"framework": framework, "resume": resume, "save_every": save_every}
+    raise typer.Exit(verb.run(task, out, **options, settings=settings, json=json))  # type: ignore[arg-type]
+
+
+@app.command(epilog='Example: twinformers translate ./numbers --text "two hundred fifty-four"')
+def translate(
+    source: Source,
+    text: Annotated[list[str], typer.Option(help="What to translate; repeatable.")],
+    framework: Annotated[str, typer.Option(help="jax, torch or both.")] = "jax",
+    num_beams: Annotated[Optional[int], typer.Option(help="1 is greedy; default the model's, or 4.")] = None,  # noqa: UP045
+    length_penalty: Annotated[Optional[float], typer.Option(help="Larger favours longer ones.")] = None,  # noqa: UP045
+    penalty: Annotated[Text, typer.Option(help="length: n^a; wu: ((5+n)/6)^a.")] = None,
+    max_new_tokens: Annotated[Optional[int], typer.Option(help="Stop after this many tokens.")] = None,  # noqa: UP045
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    json: Json = False,
+) -> None:
+    """Translate texts with an encoder-decoder model, by beam search."""
+    from twinformers.cli import translate as verb
+
+    beams = {
+        "num_beams": num_beams,
+        "length_penalty": length_penalty,
+        "penalty": penalty,
+        "max_new_tokens": max_new_tokens,
+    }
+    verb.run(source, text, framework=framework, dtype=dtype, beams=beams, json=json)
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -119,10 +184,14 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         app(args=arguments, prog_name="twinformers", standalone_mode=True)
     except TwinformersError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Names out of a foreign file are not to be trusted with the terminal.
+        text = "".join(c if c.isprintable() or c == "\n" else " " for c in str(error))
+        print(f"error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # which typer would give as 1: a check failed
+            return 141
         return stop.code if isinstance(stop.code, int) else 2
     return 0

@@ -33,6 +33,8 @@ def run(source: str, *, json: bool) -> None:
 
     out = console()
     summary = Table(show_header=False, box=None)
+    summary.add_column(no_wrap=True)
+    summary.add_column(overflow="fold")  # a long path is broken, never cut
     for key in ("source", "format", "architecture"):
         summary.add_row(key, str(facts[key]))
     summary.add_row("parameters", f"{facts['parameters']:,}")

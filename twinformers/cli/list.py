@@ -13,7 +13,11 @@ def run(*, json: bool) -> None:
         print_json(
             {
                 "architectures": [
-                    {"architecture": a, "transformers": config_class(a).hf_class} for a in architectures()
+                    {
+                        "architecture": a,
+                        "transformers": [c for c in config_class(a).hf_classes().values() if c],
+                    }
+                    for a in architectures()
                 ],
                 "presets": [
                     {"preset": n, "architecture": c.architecture, "parameters": p} for n, c, p in rows

@@ -13,10 +13,10 @@ def print_json(value: Any) -> None:
 
 
 def console() -> Any:
-    """rich's console on stdout."""
+    """rich's console on stdout; text is shown as it is, since names and paths may look like markup."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, markup=False, emoji=False)
 
 
 def progress(description: str, *, json: bool) -> Any:

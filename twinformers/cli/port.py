@@ -8,13 +8,16 @@ from twinformers.checkpoints import port
 from twinformers.cli.output import console, print_json, progress, size
 
 
-def run(source: str, dest: Path, *, to: str, dtype: str, overwrite: bool, json: bool) -> None:
+def run(
+    source: str, dest: Path, *, to: str, dtype: str, kv_heads: int | None, overwrite: bool, json: bool
+) -> None:
     with progress(f"porting to {to}", json=json) as bar:
         result = port(
             source,
             dest,
             to=to,
             dtype=dtype,
+            kv_heads=kv_heads,
             overwrite=overwrite,
             on_tensor=lambda entry, done, total: bar.update(bar.task_ids[0], completed=done, total=total),
         )

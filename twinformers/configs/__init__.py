@@ -84,7 +84,7 @@ def _supported(name: object, known: Mapping[str, str], where: str) -> str:
 
 def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Config:
     """The configuration that a Hugging Face config.json, given as its dictionary, describes."""
-    known = {config_class(a).hf_model_type: a for a in architectures()}
+    known = {model_type: a for a in architectures() for model_type in config_class(a).hf_classes()}
     return config_class(_supported(raw.get("model_type"), known, f"{where}: model_type")).from_hf(raw, where)
 
 

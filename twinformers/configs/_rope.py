@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from twinformers.configs.base import check_type
 from twinformers.errors import ConfigError
 
 ROPE_TYPES = ("linear", "llama3")
@@ -46,12 +47,9 @@ class RopeScaling:
             else ()
         )
         for name in needed:
-            value = getattr(self, name)
-            # bool is an int in Python, and JSON's true is no factor.
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ConfigError(
-                    "bad value", where=f"{where}.{name}", expected="a positive number", found=repr(value)
-                )
+            kind = int if name == "original_max_position_embeddings" else float
+            value = check_type(f"{where}.{name}", getattr(self, name), kind)
+            object.__setattr__(self, name, value)  # frozen for everybody else
         if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:  # type: ignore[operator]
             raise ConfigError(
                 "the bands of llama3 scaling are empty",

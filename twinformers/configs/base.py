@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 
 from twinformers.errors import ConfigError
 
@@ -51,7 +50,14 @@ NEUTRAL_FIELDS = frozenset(
     }
 )
 
+#: A count of layers above this is a mistake or an attack: each one costs memory before any weight is read.
+MAX_LAYERS = 10_000
+
 C = TypeVar("C", bound="Config")
+
+#: Numbers that may be 0, unlike a plain int or float: a probability below 1, and the id of a token.
+Rate = Annotated[float, "from 0, below 1"]
+TokenId = Annotated[int, "from 0"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,24 +66,39 @@ class Config:
 
     Class attributes that a subclass sets: `architecture` (the stem that names its files), `model_class`
     (the class in both framework's files), `hf_class` (in transformers), `HF_DEFAULTS` (what config.json
-    may omit), `HF_FIXED` (fields for which the code implements one value only), `GGUF_FIELDS`.
+    may omit), `HF_FIXED` (fields for which the code implements one value only), `GGUF_FIELDS`, `kind`
+    (which call contract holds: "causal" or "encoder-decoder").
     """
 
     architecture: ClassVar[str]
     model_class: ClassVar[str]
     hf_class: ClassVar[str]
     hf_model_type: ClassVar[str]
+    kind: ClassVar[str] = "causal"
     HF_DEFAULTS: ClassVar[Mapping[str, Any]] = {}
     HF_FIXED: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self):
-        hints = get_type_hints(type(self))
+        hints = get_type_hints(type(self), include_extras=True)
         for field in dataclasses.fields(self):
-            check_type(field.name, getattr(self, field.name), hints[field.name])
+            value = check_type(field.name, getattr(self, field.name), hints[field.name])
+            object.__setattr__(self, field.name, value)  # frozen for everybody else
+            if field.name.endswith("layers") and value > MAX_LAYERS:
+                raise ConfigError(
+                    "more layers than any model has",
+                    where=field.name,
+                    expected=f"at most {MAX_LAYERS}",
+                    found=str(value),
+                )
         self.validate()
 
     def validate(self) -> None:
         """What the fields must satisfy together; raises ConfigError."""
+
+    @classmethod
+    def hf_classes(cls) -> Mapping[str, str | None]:
+        """transformers' class by each `model_type` that config.json may give, None where it has none."""
+        return {cls.hf_model_type: cls.hf_class}
 
     def replace(self: C, **changes: Any) -> C:
         return dataclasses.replace(self, **changes)
@@ -174,15 +195,29 @@ def located(error: ConfigError, where: str) -> ConfigError:
     )
 
 
-def check_type(name: str, value: Any, hint: Any) -> None:
-    """Raise ConfigError unless `value` fits the annotation: JSON's types are not Python's by accident."""
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a positive number whose computations stay within float32's range."""
+    # bool is an int in Python, and JSON's true is no number.
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-30 <= value <= 1e30
+
+
+def check_type(name: str, value: Any, hint: Any) -> Any:
+    """The value, a whole number as a float where the annotation says float.
+
+    Raises ConfigError unless it fits the annotation: JSON's types are not Python's by accident.
+    """
     if hint is int:
         # The bound keeps a hostile config.json from asking for more than any address space holds.
         ok = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**40
         expected = "a positive integer"
     elif hint is float:
-        ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-        expected = "a positive number"
+        ok, expected = is_number(value), "a positive number from 1e-30 to 1e30"
+    elif hint is Rate:
+        ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+        expected = "a number from 0, below 1"
+    elif hint is TokenId:
+        ok = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
+        expected = "an integer from 0"
     elif hint is bool:
         ok, expected = isinstance(value, bool), "true or false"
     elif isinstance(hint, type):
@@ -191,3 +226,4 @@ def check_type(name: str, value: Any, hint: Any) -> None:
         ok, expected = isinstance(value, hint), str(hint)
     if not ok:
         raise ConfigError("bad value", where=name, expected=expected, found=repr(value)[:200])
+    return float(value) if hint in (float, Rate) else value

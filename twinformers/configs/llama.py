@@ -6,9 +6,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from twinformers.configs._rope import RopeScaling, rotary_frequencies
-from twinformers.configs.base import Config
+from twinformers.configs._rope import ROPE_TYPES, RopeScaling, rotary_frequencies
+from twinformers.configs.base import Config, check_type, is_number
 from twinformers.errors import ConfigError
+
+#: The fields of Meta's params.json; the last two bound its engine's memory and say nothing about the model.
+META_FIELDS = frozenset(
+    {
+        "dim",
+        "n_layers",
+        "n_heads",
+        "n_kv_heads",
+        "vocab_size",
+        "multiple_of",
+        "ffn_dim_multiplier",
+        "norm_eps",
+        "rope_theta",
+        "use_scaled_rope",
+        "max_batch_size",
+        "max_seq_len",
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +79,13 @@ class LlamaConfig(Config):
     }
 
     def validate(self) -> None:
+        if self.hidden_size % self.num_attention_heads:  # no need of ours, but transformers would not load it
+            raise ConfigError(
+                "the hidden size cannot be shared out evenly over the heads",
+                where="hidden_size",
+                expected=f"a multiple of num_attention_heads = {self.num_attention_heads}",
+                found=str(self.hidden_size),
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 "query heads cannot be shared out evenly over the key-value heads",
@@ -83,25 +108,30 @@ class LlamaConfig(Config):
 
     @classmethod
     def hf_values(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Theta and scaling: `rope_parameters` since transformers 5, two separate fields before."""
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        """Theta and scaling: `rope_parameters` since transformers 5, two separate fields before.
+
+        Where a file has both, transformers reads the old field, and so does this.
+        """
+        field = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+        rope = raw.get(field) or {}
         if not isinstance(rope, Mapping):
-            raise ConfigError(
-                "bad value", where="rope_parameters", expected="an object", found=repr(rope)[:200]
-            )
+            raise ConfigError("bad value", where=field, expected="an object", found=repr(rope)[:200])
         theta = rope.get("rope_theta", raw.get("rope_theta"))
         kind = rope.get("rope_type", rope.get("type", "default"))
+        fields = RopeScaling.__dataclass_fields__
+        unknown = sorted(rope.keys() - fields.keys() - {"type", "rope_theta", "partial_rotary_factor"})
+        if kind in ("default", *ROPE_TYPES) and unknown:
+            raise ConfigError(
+                "the configuration asks for what is not implemented",
+                where=f"{field}.{unknown[0]}",
+                found=repr(rope[unknown[0]])[:200],
+            )
         scaling = None
         if kind != "default":
-            fields = RopeScaling.__dataclass_fields__
             given = {k: v for k, v in rope.items() if k in fields and v is not None}
-            unknown = sorted(rope.keys() - fields.keys() - {"type", "rope_theta"})
-            if kind in ("linear", "llama3") and unknown:
-                raise ConfigError(
-                    "the configuration asks for what is not implemented",
-                    where=f"rope_scaling.{unknown[0]}",
-                    found=repr(rope[unknown[0]]),
-                )
+            if kind == "llama3":
+                length = raw.get("max_position_embeddings") or cls.HF_DEFAULTS["max_position_embeddings"]
+                given.setdefault("original_max_position_embeddings", length)
             scaling = RopeScaling(**{"factor": None, **given, "rope_type": kind})
         if (partial := rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))) not in (
             None,
@@ -112,7 +142,7 @@ class LlamaConfig(Config):
                 "the configuration asks for what is not implemented",
                 where="partial_rotary_factor",
                 expected="1.0",
-                found=repr(partial),
+                found=repr(partial)[:200],
             )
         return {"rope_theta": cls.ROPE_THETA_DEFAULT if theta is None else theta, "rope_scaling": scaling}
 
@@ -184,9 +214,81 @@ class LlamaConfig(Config):
                 expected=str(values["head_dim"]),
                 found=str(turned),
             )
-        if "rope_freqs.weight" in tensors:
-            values["rope_scaling"] = _llama3_scaling(values, read("rope_freqs.weight"), where)
-        return cls(**values)
+        config = cls(**values)  # validated before anything is computed from it
+        if "rope_freqs.weight" not in tensors:
+            return config
+        return config.replace(rope_scaling=_llama3_scaling(config, read("rope_freqs.weight"), where))
+
+    @classmethod
+    def from_meta(cls, params: Mapping[str, Any], tensors: Mapping[str, Any], tied: bool) -> LlamaConfig:
+        """Meta's params.json; the sizes of vocabulary and MLP, which it leaves open, come from the tensors.
+
+        Raises ConfigError by field for what is missing, not implemented, or not what the tensors say.
+        """
+
+        def get(name: str, kind: type, default: Any = None) -> Any:
+            value = default if params.get(name) is None else params[name]
+            if value is None:
+                raise ConfigError("a field is missing", where=name, expected=kind.__name__)
+            check_type(name, value, kind)
+            return value
+
+        def rows(name: str) -> int:
+            shape = tensors[name].shape if name in tensors else None
+            if shape is None or len(shape) != 2:
+                found = "no such tensor" if shape is None else str(list(shape))
+                raise ConfigError("a tensor is missing", where=name, expected="a matrix", found=found)
+            return shape[0]
+
+        def agree(name: str, expected: int, found: int) -> None:
+            if expected != found:
+                raise ConfigError(
+                    "the parameters and the tensors disagree",
+                    where=name,
+                    expected=str(expected),
+                    found=f"{found} in the tensors",
+                    hint="a rank's file is missing, or params.json belongs to another model",
+                )
+
+        if unknown := sorted(name for name in params.keys() - META_FIELDS if params[name] is not None):
+            # Nothing can be passed over: quantisation, adapters, windows and images come as further fields.
+            raise ConfigError(
+                "the parameters ask for what is not implemented",
+                where=unknown[0],
+                expected=f"no other fields than {', '.join(sorted(META_FIELDS))}",
+                found=repr(params[unknown[0]])[:200],
+            )
+        dim, heads = get("dim", int), get("n_heads", int)
+        if dim % heads:
+            raise ConfigError("bad value", where="n_heads", expected=f"a divisor of {dim}", found=str(heads))
+        vocab = rows("tok_embeddings.weight")
+        if params.get("vocab_size") != -1:  # left to the tokenizer
+            agree("vocab_size", get("vocab_size", int, vocab), vocab)
+        # Two thirds of 4 D, so that three matrices have as many parameters as two would have with 4 D.
+        inner = int(get("ffn_dim_multiplier", float, 1.0) * (8 * dim // 3))
+        unit = get("multiple_of", int)
+        inner = -(-inner // unit) * unit
+        agree("multiple_of, ffn_dim_multiplier", inner, rows("layers.0.feed_forward.w1.weight"))
+        theta = get("rope_theta", float, cls.ROPE_THETA_DEFAULT)
+        # The file says whether frequencies are scaled, not how. Llama 3.2's two small models, alone in having
+        # a tied head, have 32 (for which Meta's own code takes 8, to their harm); every other has 8.
+        scaling = _llama3(32.0 if tied else 8.0) if get("use_scaled_rope", bool, False) else None
+        # Nor does it say for which length the model was made; Code Llama and Llama 3 show by their theta.
+        length = {cls.ROPE_THETA_DEFAULT: 4096, 5e5: 8192}.get(theta, 16384)
+        return cls(
+            vocab_size=vocab,
+            hidden_size=dim,
+            intermediate_size=inner,
+            num_hidden_layers=get("n_layers", int),
+            num_attention_heads=heads,
+            num_key_value_heads=get("n_kv_heads", int, heads),
+            head_dim=dim // heads,
+            rms_norm_eps=get("norm_eps", float),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_position_embeddings=131072 if scaling else length,
+            tie_word_embeddings=tied,
+        )
 
 
 def _divide(hidden: Any, heads: Any) -> int:
@@ -196,43 +298,37 @@ def _divide(hidden: Any, heads: Any) -> int:
     return hidden // heads
 
 
-def _llama3_scaling(values: dict[str, Any], divisors: Any, where: str) -> RopeScaling:
+def _llama3_scaling(config: LlamaConfig, divisors: Any, where: str) -> RopeScaling:
     """GGUF stores Llama 3.1's scaling as the divisors it amounts to: find the parameters that give them.
 
     Every released model has bands of 1 and 4 on 8192 positions; only the factor differs. Anything else is
     refused, since a wrong guess would shift the angles silently.
     """
-    scaling = RopeScaling(
-        rope_type="llama3",
-        factor=float(max(divisors)),
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_position_embeddings=8192,
+    given = [float(d) for d in divisors.reshape(-1)]
+    found = f"{len(given)} divisors"
+    if len(given) == config.head_dim // 2 and all(is_number(d) for d in given):
+        scaling = _llama3(max(given))
+        plain = rotary_frequencies(config.head_dim, config.rope_theta, None)
+        scaled = rotary_frequencies(config.head_dim, config.rope_theta, scaling)
+        worst = max(abs(d * s / p - 1.0) for d, s, p in zip(given, scaled, plain, strict=True))
+        if worst <= 1e-5:  # the divisors are float32, computed in float32
+            return scaling
+        found += f", off by up to {worst:.1e}"
+    raise ConfigError(
+        "the rotary divisors are not those of a released Llama 3 model",
+        where=f"{where}: rope_freqs.weight",
+        expected=f"{config.head_dim // 2} divisors of llama3 scaling with bands 1 and 4 on 8192 positions",
+        found=found,
     )
-    head_dim, theta = values["head_dim"], values["rope_theta"]
-    plain = rotary_frequencies(head_dim, theta, None)
-    scaled = rotary_frequencies(head_dim, theta, scaling)
-    worst = max(
-        (abs(d * s / p - 1.0) for d, s, p in zip(map(float, divisors), scaled, plain, strict=False)),
-        default=1.0,
-    )
-    if len(divisors) != len(plain) or worst > 1e-5:  # the divisors are float32, computed in float32
-        raise ConfigError(
-            "the rotary divisors are not those of a released Llama 3 model",
-            where=f"{where}: rope_freqs.weight",
-            expected=f"{len(plain)} divisors of llama3 scaling with bands 1 and 4 on 8192 positions",
-            found=f"{len(divisors)} divisors, off by up to {worst:.1e}",
-        )
-    return scaling
 
 
-def _llama3(factor: float) -> RopeScaling:
+def _llama3(factor: float, original: int = 8192) -> RopeScaling:
     return RopeScaling(
         rope_type="llama3",
         factor=factor,
         low_freq_factor=1.0,
         high_freq_factor=4.0,
-        original_max_position_embeddings=8192,
+        original_max_position_embeddings=original,
     )
 
 
@@ -288,5 +384,8 @@ PRESETS: dict[str, LlamaConfig] = {
     "smollm2-135m": _preset(49152, 576, 1536, 30, 9, 3, theta=1e5, length=8192, tied=True),
     "smollm2-360m": _preset(49152, 960, 2560, 32, 15, 5, theta=1e5, length=8192, tied=True),
     "smollm2-1.7b": _preset(49152, 2048, 8192, 24, 32, 32, theta=1.3e5, length=8192, tied=True),
-    "llama-tiny": _preset(251, 48, 88, 3, 6, 2, head_dim=10, theta=7e4, length=1024, scaling=_llama3(8.0)),
+    # 100 original positions put one of its five frequencies between the bands, one above and three below.
+    "llama-tiny": _preset(
+        251, 48, 88, 3, 6, 2, head_dim=10, theta=7e4, length=1024, scaling=_llama3(8.0, original=100)
+    ),
 }

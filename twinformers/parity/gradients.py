@@ -15,7 +15,7 @@ import numpy as np
 
 from twinformers.checkpoints import Checkpoint
 from twinformers.parity.kinds import Inputs, kind
-from twinformers.parity.recording import Activations, patched_jax, to_numpy
+from twinformers.parity.recording import Activations, patched_jax, to_numpy, widened
 from twinformers.weight_maps import weight_map
 
 
@@ -74,10 +74,10 @@ def gradients_jax(model: Any, checkpoint: Checkpoint, inputs: Inputs, **options:
     return Gradients(
         float(loss),
         {
-            leaf.name("torch"): leaf.move(np.asarray(flat[name]), "jax", "torch")
+            leaf.name("torch"): leaf.move(widened(np.asarray(flat[name])), "jax", "torch")
             for name, leaf in leaves.items()
         },
-        {path: np.asarray(of_outputs[path]) for path in order},
+        {path: widened(np.asarray(of_outputs[path])) for path in order},
     )
 
 

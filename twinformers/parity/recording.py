@@ -48,37 +48,54 @@ def record_jax(model: Any, *inputs: Any) -> tuple[np.ndarray, Activations]:
 
 @contextlib.contextmanager
 def patched_jax(
-    model: Any, change: Callable[[str, Any], Any] = lambda path, x: x
+    model: Any,
+    change: Callable[[str, Any], Any] = lambda path, x: x,
+    begin: Callable[[str, tuple[Any, ...], dict[str, Any]], None] = lambda path, args, kwargs: None,
 ) -> Iterator[dict[str, Any]]:
     """While it lasts, every submodule's output passes through `change(path, output)` and is noted by path.
 
-    Object identities exist only inside a trace: enter it after `nnx.merge`, in the function that is traced.
+    `begin(path, args, kwargs)` is told of each call before it is made. Object identities exist only inside
+    a trace: enter it after `nnx.merge`, in the function that is traced.
     """
     from flax import nnx
 
     modules = [(".".join(map(str, path)), m) for path, m in nnx.iter_modules(model)]
     paths = {id(m): path for path, m in modules if path}
     seen: dict[str, Any] = {}
-    originals = {c: vars(c)["__call__"] for c in {type(m) for _, m in modules} if "__call__" in vars(c)}
+    originals = {}
+    for cls in {type(m) for _, m in modules}:
+        # A class may inherit its call; asking the class for it would find its metaclass's.
+        defined = [vars(c)["__call__"] for c in cls.__mro__ if "__call__" in vars(c)]
+        if defined:
+            originals[cls] = defined[0], "__call__" in vars(cls)
+    running: set[int] = set()
 
     def wrap(original):
         def call(self, *args, **kwargs):
-            output = original(self, *args, **kwargs)
-            if id(self) not in paths:
-                return output
+            if id(self) not in paths or id(self) in running:  # the latter: a call of its base class's
+                return original(self, *args, **kwargs)
+            begin(paths[id(self)], args, kwargs)
+            running.add(id(self))
+            try:
+                output = original(self, *args, **kwargs)
+            finally:
+                running.discard(id(self))
             path = _numbered(paths[id(self)], seen)
             seen[path] = x = change(path, _first(output))
             return (x, *output[1:]) if isinstance(output, tuple) else x
 
         return call
 
-    for cls, original in originals.items():
+    for cls, (original, _) in originals.items():
         cls.__call__ = wrap(original)  # type: ignore[method-assign]
     try:
         yield seen
     finally:
-        for cls, original in originals.items():
-            cls.__call__ = original  # type: ignore[method-assign]
+        for cls, (original, own) in originals.items():
+            if own:
+                cls.__call__ = original  # type: ignore[method-assign]
+            else:
+                del cls.__call__
 
 
 def record_torch(
@@ -103,28 +120,47 @@ def record_torch(
 
 
 @contextlib.contextmanager
-def hooked_torch(model: Any, names: Mapping[str, str] | None = None) -> Iterator[dict[str, Any]]:
-    """While it lasts, every submodule's output (of those in `names`, if given) is noted by our path."""
+def hooked_torch(
+    model: Any,
+    names: Mapping[str, str] | None = None,
+    end: Callable[[str, Any], None] = lambda path, x: None,
+    begin: Callable[[str, tuple[Any, ...], dict[str, Any]], None] = lambda path, args, kwargs: None,
+) -> Iterator[dict[str, Any]]:
+    """While it lasts, every submodule's output (of those in `names`, if given) is noted by our path.
+
+    `begin(path, args, kwargs)` is told of each call before it is made, `end(path, output)` after it.
+    """
     modules = dict(model.named_modules())
     wanted = names if names is not None else {name: name for name in modules if name}
     seen: dict[str, Any] = {}
 
-    def hook(path: str):
-        def keep(module, args, output):
-            seen[_numbered(path, seen)] = _first(output)
+    def hooks(path: str):
+        def before(module, args, kwargs):
+            begin(path, args, kwargs)
 
-        return keep
+        def after(module, args, output):
+            number = _numbered(path, seen)
+            seen[number] = _first(output)
+            end(number, seen[number])
 
-    handles = [
-        modules[theirs].register_forward_hook(hook(ours))
-        for ours, theirs in wanted.items()
-        if theirs in modules
-    ]
+        return before, after
+
+    handles = []
+    for ours, theirs in wanted.items():
+        if theirs in modules:
+            before, after = hooks(ours)
+            handles.append(modules[theirs].register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(modules[theirs].register_forward_hook(after))
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def widened(x: np.ndarray) -> np.ndarray:
+    """The values in float64 or float32, which everything that compares understands."""
+    return x if x.dtype == np.float64 else x.astype(np.float32)
 
 
 def to_numpy(x: Any) -> tuple[str, np.ndarray]:

@@ -16,7 +16,7 @@ from twinformers.checkpoints import Checkpoint
 from twinformers.loading import load
 from twinformers.parity.gradients import flat_jax, loss_jax, loss_torch
 from twinformers.parity.kinds import Inputs, kind
-from twinformers.parity.recording import Activations, to_numpy
+from twinformers.parity.recording import Activations, to_numpy, widened
 from twinformers.training.adamw import AdamW, optax_adamw, torch_adamw
 from twinformers.weight_maps import weight_map
 
@@ -75,7 +75,9 @@ class FlaxRun:
         trees = {"weights": self._params, "first": adam.mu, "second": adam.nu}
         return {
             what: {
-                self._leaves[name].name("torch"): self._leaves[name].move(np.asarray(x), "jax", "torch")
+                self._leaves[name].name("torch"): self._leaves[name].move(
+                    widened(np.asarray(x)), "jax", "torch"
+                )
                 for name, x in flat_jax(tree).items()
             }
             for what, tree in trees.items()

@@ -12,7 +12,7 @@ import numpy as np
 from twinformers.checkpoints import Checkpoint
 from twinformers.loading import find_device, load
 from twinformers.parity.kinds import Inputs, kind
-from twinformers.parity.recording import Activations, record_jax, record_torch, to_numpy
+from twinformers.parity.recording import Activations, record_jax, record_torch, to_numpy, widened
 
 
 @dataclass
@@ -46,8 +46,8 @@ def run_jax(checkpoint: Checkpoint, dtype: str, device: Any, inputs: Inputs, che
         model = load(checkpoint, "jax", dtype, place)
         logits, activations = record_jax(model, *(jax.device_put(x, place) for x in inputs))
         run = Run(
-            _widened(logits),
-            {p: _widened(x) for p, x in activations.items()},
+            widened(logits),
+            {p: widened(x) for p, x in activations.items()},
             {p: x.dtype.name for p, x in {"": logits, **activations}.items()},
         )
 
@@ -60,7 +60,7 @@ def run_jax(checkpoint: Checkpoint, dtype: str, device: Any, inputs: Inputs, che
 
         if "cache" in checks:
             parts = calls.cached(call, model.empty_cache, inputs)
-            run.cached = np.concatenate([_widened(np.asarray(p)) for p in parts], 1)
+            run.cached = np.concatenate([widened(np.asarray(p)) for p in parts], 1)
         if "generation" in checks:
             run.generated = calls.generate("jax_models", model, inputs)
     return run
@@ -89,7 +89,3 @@ def run_torch(checkpoint: Checkpoint, dtype: str, device: Any, inputs: Inputs, c
     if "generation" in checks:
         run.generated = calls.generate("torch_models", model, inputs)
     return run
-
-
-def _widened(x: np.ndarray) -> np.ndarray:
-    return x if x.dtype == np.float64 else x.astype(np.float32)
