@@ -49,12 +49,13 @@ class Rounding:
     the weights is a matter of the port, what the model loses in computing with them is judged here.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str, inputs: Inputs):
-        self.checkpoint, self.dtype, self.inputs = checkpoint, dtype, inputs
+    def __init__(self, checkpoint: Checkpoint, dtype: str, inputs: Inputs, model: Any = None):
+        """`model` is the float64 twin described above, if there is one already."""
+        self.checkpoint, self.dtype, self.inputs, self._given = checkpoint, dtype, inputs, model
 
     @cached_property
     def _model(self) -> Any:
-        return load(self.checkpoint, "torch", self.dtype).double()
+        return self._given or load(self.checkpoint, "torch", self.dtype).double()
 
     @cached_property
     def real(self) -> np.ndarray:
