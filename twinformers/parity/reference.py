@@ -8,19 +8,23 @@ exact.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from twinformers.checkpoints import Checkpoint, convert
+from twinformers.configs import Config
 from twinformers.errors import MissingDependency
 from twinformers.parity.kinds import Inputs, kind
 from twinformers.parity.recording import Activations, record_torch
 from twinformers.weight_maps import weight_map
 
 
-def float64_throughout() -> Any:
-    """A context in which torch gives float64 wherever float32 is asked for."""
+@contextlib.contextmanager
+def float64_throughout() -> Iterator[None]:
+    """A context in which torch gives float64 wherever float32 is asked for, or nothing is said."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -34,7 +38,20 @@ def float64_throughout() -> Any:
 
             return function(*map(widen, args), **{k: widen(v) for k, v in (kwargs or {}).items()})
 
-    return Float64()
+    default, legacy = torch.get_default_dtype(), torch.FloatTensor
+    torch.set_default_dtype(torch.float64)
+    torch.FloatTensor = torch.DoubleTensor  # Marian makes its table of positions with it
+    try:
+        with Float64():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+        torch.FloatTensor = legacy
+
+
+def has_reference(config: Config) -> bool:
+    """Whether there is a model of transformers to compare with: a class of it, and transformers itself."""
+    return config.hf_class is not None and importlib.util.find_spec("transformers") is not None
 
 
 def reference_model(checkpoint: Checkpoint, dtype: str) -> Any:
@@ -54,9 +71,10 @@ def reference_model(checkpoint: Checkpoint, dtype: str) -> Any:
     state = {}
     for name, array in convert(checkpoint, "hf", "float64" if dtype == "float64" else "float32"):
         state[name] = torch.from_numpy(np.require(array, requirements=["C", "W"])).to(type_)
+    # What the configuration determines (tables of positions and the like) stays as transformers made it.
+    state = {name: x for name, x in state.items() if name not in table.buffers("hf")}
     state |= {name: state[to] for name, to in table.tied("hf").items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    # What the configuration determines (tables of angles and the like) is no weight and stays as made.
     if unexpected or set(missing) - table.buffers("hf"):
         raise AssertionError(f"transformers' model lacks {unexpected} and has {missing} besides")
     return model
@@ -74,8 +92,15 @@ def record_reference(checkpoint: Checkpoint, inputs: Inputs, dtype: str) -> tupl
     with precise(dtype):
         model = reference_model(checkpoint, dtype)
         calls = kind(checkpoint.config)
-        return record_torch(
+        logits, activations = record_torch(
             model,
             lambda m: calls.reference(m, inputs, getattr(torch, dtype)),
             weight_map(checkpoint.config).module_paths(),
         )
+    return logits, {path: batch_first(x, inputs) for path, x in activations.items()}
+
+
+def batch_first(x: np.ndarray, inputs: Inputs) -> np.ndarray:
+    """[B, T, ...], also of what FSMT's layers return, which is [T, B, ...]."""
+    shapes = [positions.shape for positions in inputs[1::2]]
+    return x.swapaxes(0, 1) if x.shape[:2] not in shapes and x.shape[1::-1] in shapes else x

@@ -15,6 +15,13 @@ from twinformers.loading import Source, find_device, load
 from twinformers.parity.kinds import Inputs, kind, real
 from twinformers.parity.limits import SMALL_GRADIENT, limit
 from twinformers.parity.recording import Activations
+from twinformers.parity.reference import (
+    batch_first,
+    has_reference,
+    precise,
+    record_reference,
+    reference_model,
+)
 from twinformers.parity.results import CheckResult, VerifyReport, compare
 from twinformers.parity.rounding import Rounding
 from twinformers.parity.twins import Run, jax_precision, run_jax, run_torch
@@ -59,7 +66,7 @@ def verify(
                 results += _forward(checkpoint, dtype, inputs, checks, devices, on_progress)
             if "gradients" in checks:
                 on_progress(f"{dtype}: gradients")
-                results += _gradients(checkpoint, dtype, inputs, devices, "reference" in checks)
+                results += _gradients(checkpoint, dtype, inputs, devices, checks)
             for check in ("training", "training-run"):
                 if check in checks:
                     results += _training(check, checkpoint, dtype, devices, steps, on_progress)
@@ -100,13 +107,19 @@ def _forward(
         for name, run in twins.items():
             if run.cached is not None:
                 add("cache", name, name, "", run.cached, run.logits)
-    beside = "rounding" in checks and dtype != "float64" and _transformers_is_here()
-    if "reference" in checks or beside:
-        from twinformers.parity.reference import record_reference
-
+    beside = "rounding" in checks and dtype != "float64" and has_reference(checkpoint.config)
+    asked = "reference" in checks
+    if asked and checkpoint.config.hf_class is None:
+        # Said, not passed over: nothing independent was asked about this model.
+        note = f"not compared: {weight_map(checkpoint.config).absent}"
+        results.append(
+            CheckResult("reference", dtype, "jax", "transformers", "", None, None, None, True, note)
+        )
+        asked = False
+    if asked or beside:
         on_progress(f"{dtype}: transformers")
         hf_logits, hf_activations = record_reference(checkpoint, inputs, dtype)
-    if "reference" in checks:
+    if asked:
         for name, run in twins.items():
             add("reference", name, "transformers", "", run.logits, hf_logits)
             for path, x in hf_activations.items():
@@ -164,7 +177,11 @@ def _training(
 
 
 def _gradients(
-    checkpoint: Checkpoint, dtype: str, inputs: Inputs, devices: Mapping[str, Any], reference: bool
+    checkpoint: Checkpoint,
+    dtype: str,
+    inputs: Inputs,
+    devices: Mapping[str, Any],
+    checks: Sequence[str],
 ) -> list[CheckResult]:
     """Of every parameter and every submodule's output: the twins, and Flax against transformers."""
     import torch
@@ -181,9 +198,7 @@ def _gradients(
     )
     results = _compare_gradients(dtype, "torch", jx.parameters, pt.parameters)
     results += _compare_gradients(dtype, "torch", _real(jx.outputs, inputs), _real(pt.outputs, inputs))
-    if reference:
-        from twinformers.parity.reference import precise, reference_model
-
+    if "reference" in checks and checkpoint.config.hf_class is not None:
         with precise(dtype):
             hf = gradients_torch(
                 reference_model(checkpoint, dtype),
@@ -194,7 +209,8 @@ def _gradients(
             )
         theirs = in_torch_names(hf.parameters, checkpoint, "hf")
         results += _compare_gradients(dtype, "transformers", jx.parameters, theirs)
-        both = {path: x for path, x in _real(hf.outputs, inputs).items() if path in jx.outputs}
+        outputs = {path: batch_first(x, inputs) for path, x in hf.outputs.items()}
+        both = {path: x for path, x in _real(outputs, inputs).items() if path in jx.outputs}
         ours = {path: x for path, x in _real(jx.outputs, inputs).items() if path in both}
         results += _compare_gradients(dtype, "transformers", ours, both)
     return results
@@ -226,12 +242,6 @@ def _compare_gradients(dtype: str, right: str, ours: Activations, theirs: Activa
             continue
         results.append(compare("gradients", dtype, "jax", right, path, left, other, floor))
     return results
-
-
-def _transformers_is_here() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("transformers") is not None
 
 
 def _structure(dtype: str, jx: Run, pt: Run) -> list[CheckResult]:

@@ -1,0 +1,249 @@
+"""The Transformer in PyTorch: encoder and decoder, post-norm, sinusoidal positions, shared embeddings.
+
+Vaswani et al. 2017 (arXiv:1706.03762), whose section numbers these are. Axes: B batch, T query length,
+S key length, D model, N heads, H head dimension, F feed-forward, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from torch_models.layers import (
+    ACTIVATIONS,
+    CrossCache,
+    KVCache,
+    LayerNorm,
+    at_least_float32,
+    attend,
+    constrain,
+    dropout,
+    empty_cache,
+    place,
+    store,
+    subkey,
+    visible,
+)
+from twinformers.configs.transformer import TransformerConfig
+
+
+def sinusoids(positions: torch.Tensor, config: TransformerConfig, dtype: torch.dtype) -> torch.Tensor:
+    """Sine and cosine of position times frequency (section 3.5). [B, T] -> [B, T, D]
+
+    Interleaved is the paper's order, (sin, cos) side by side; otherwise all sines come first.
+    """
+    wide = at_least_float32(dtype)  # bfloat16 cannot hold position 257
+    # vs jax: the frequencies are no buffer, since model.bfloat16() would round a buffer too
+    frequencies = torch.tensor(config.position_frequencies, dtype=wide, device=positions.device)  # [D/2]
+    angles = (positions + config.position_offset)[:, :, None].to(wide) * frequencies  # [B, T, D/2]
+    pair = -1 if config.positions_interleaved else -2
+    waves = torch.stack([torch.sin(angles), torch.cos(angles)], dim=pair)  # [B, T, D/2, 2] or [B, T, 2, D/2]
+    return waves.reshape(*positions.shape, config.d_model).to(dtype)  # [B, T, D]
+
+
+class Attention(nn.Module):
+    """Multi-head attention (section 3.2.2): queries from one sequence, keys and values from any."""
+
+    def __init__(self, config: TransformerConfig, heads: int, *, dtype: torch.dtype):
+        super().__init__()
+        D = config.d_model
+        self.head_dim = D // heads
+        self.dropout = config.attention_dropout
+        # vs jax: a weight is [out, in], and initial values come from the global generator
+        self.q_proj = nn.Linear(D, D, dtype=dtype)
+        self.k_proj = nn.Linear(D, D, dtype=dtype)
+        self.v_proj = nn.Linear(D, D, dtype=dtype)
+        self.o_proj = nn.Linear(D, D, dtype=dtype)
+
+    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a sequence offers to those who attend to it. [B, S, D] -> 2 x [B, S, N, H]"""
+        shape = (*x.shape[:2], -1, self.head_dim)
+        return self.k_proj(x).reshape(shape), self.v_proj(x).reshape(shape)
+
+    def forward(
+        self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, key: torch.Tensor | None
+    ) -> torch.Tensor:
+        B, T, D = x.shape
+        q = self.q_proj(x).reshape(B, T, -1, self.head_dim)  # [B, T, N, H]
+        x = attend(q, k, v, mask, rate=self.dropout, key=key)  # [B, T, N, H]
+        return self.o_proj(x.reshape(B, T, D))  # [B, T, D]
+
+
+class MLP(nn.Module):
+    """max(0, x W1 + b1) W2 + b2 (section 3.3). [B, T, D] -> same"""
+
+    def __init__(self, config: TransformerConfig, width: int, *, dtype: torch.dtype):
+        super().__init__()
+        self.activation = config.activation_function
+        self.dropout = config.activation_dropout
+        self.fc1 = nn.Linear(config.d_model, width, dtype=dtype)
+        self.fc2 = nn.Linear(width, config.d_model, dtype=dtype)
+
+    def forward(self, x: torch.Tensor, key: torch.Tensor | None) -> torch.Tensor:
+        x = dropout(ACTIVATIONS[self.activation](self.fc1(x)), self.dropout, key)  # [B, T, F]
+        return self.fc2(x)  # [B, T, D]
+
+
+class EncoderLayer(nn.Module):
+    """LayerNorm(x + sublayer(x)), twice: attention, then the features (section 3.1). [B, S, D] -> same"""
+
+    def __init__(self, config: TransformerConfig, *, dtype: torch.dtype):
+        super().__init__()
+        D, eps = config.d_model, config.layer_norm_eps
+        self.dropout = config.dropout
+        self.self_attn = Attention(config, config.encoder_attention_heads, dtype=dtype)
+        self.self_attn_norm = LayerNorm(D, eps, dtype=dtype)
+        self.mlp = MLP(config, config.encoder_ffn_dim, dtype=dtype)
+        self.mlp_norm = LayerNorm(D, eps, dtype=dtype)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor, key: torch.Tensor | None) -> torch.Tensor:
+        mixed = self.self_attn(x, *self.self_attn.keys_values(x), mask, subkey(key, 0))
+        x = constrain(self.self_attn_norm(x + dropout(mixed, self.dropout, subkey(key, 1))), "residual")
+        mixed = self.mlp(x, subkey(key, 2))
+        return constrain(self.mlp_norm(x + dropout(mixed, self.dropout, subkey(key, 3))), "residual")
+
+
+class DecoderLayer(nn.Module):
+    """The same with three sub-layers: the target's own past, the source, the features. [B, T, D] -> same"""
+
+    def __init__(self, config: TransformerConfig, *, dtype: torch.dtype):
+        super().__init__()
+        D, eps = config.d_model, config.layer_norm_eps
+        self.dropout = config.dropout
+        self.self_attn = Attention(config, config.decoder_attention_heads, dtype=dtype)
+        self.self_attn_norm = LayerNorm(D, eps, dtype=dtype)
+        self.cross_attn = Attention(config, config.decoder_attention_heads, dtype=dtype)
+        self.cross_attn_norm = LayerNorm(D, eps, dtype=dtype)
+        self.mlp = MLP(config, config.decoder_ffn_dim, dtype=dtype)
+        self.mlp_norm = LayerNorm(D, eps, dtype=dtype)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor,
+        cross: CrossCache,
+        slots: torch.Tensor | None,
+        cache: KVCache | None,
+        i: int,
+        key: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, KVCache | None]:
+        k, v = self.self_attn.keys_values(x)  # 2 x [B, T, N, H]
+        if cache is not None and slots is not None:
+            cache = store(cache, i, slots, k, v)
+            k, v = cache.k[i], cache.v[i]  # [B, S+1, N, H]
+        mixed = self.self_attn(x, k, v, mask, subkey(key, 0))
+        x = constrain(self.self_attn_norm(x + dropout(mixed, self.dropout, subkey(key, 1))), "residual")
+        seen = (cross.positions >= 0)[:, None, :]  # [B, 1, S], the same for every query
+        mixed = self.cross_attn(x, cross.k[i], cross.v[i], seen, subkey(key, 2))
+        x = constrain(self.cross_attn_norm(x + dropout(mixed, self.dropout, subkey(key, 3))), "residual")
+        mixed = self.mlp(x, subkey(key, 4))
+        x = constrain(self.mlp_norm(x + dropout(mixed, self.dropout, subkey(key, 5))), "residual")
+        return x, cache
+
+
+class Transformer(nn.Module):
+    """The translation model: `logits, cache = model(source, source_positions, tokens, positions)`.
+
+    Tokens int32 [B, S] and [B, T]; positions alike, each token's in its own sequence and -1 for padding,
+    wherever it stands; logits [B, T, V] in the parameters' dtype. To generate, call `encode` and then
+    `cross_cache` once, and `decode` with a cache, which it consumes and returns. Outputs at padding mean
+    nothing. `key` seeds dropout: encoder layers fold in their index, decoder layers and embeddings count on.
+    """
+
+    def __init__(self, config: TransformerConfig, *, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config = c = config
+        D, V = c.d_model, c.target_vocab_size
+        self.embed = nn.Embedding(V, D, dtype=dtype)
+        if not c.share_embeddings:
+            self.source_embed = nn.Embedding(c.source_vocab_size, D, dtype=dtype)
+        self.encoder = nn.ModuleList([EncoderLayer(c, dtype=dtype) for _ in range(c.encoder_layers)])
+        self.decoder = nn.ModuleList([DecoderLayer(c, dtype=dtype) for _ in range(c.decoder_layers)])
+        if not c.tie_word_embeddings:
+            self.lm_head = nn.Linear(D, V, bias=False, dtype=dtype)
+        if c.final_logits_bias:
+            # vs jax: a buffer is no parameter, so no gradient reaches it
+            self.final_logits_bias = nn.Buffer(torch.zeros(1, V, dtype=dtype))
+
+    def forward(
+        self,
+        source: torch.Tensor,
+        source_positions: torch.Tensor,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        *,
+        key: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, KVCache | None]:
+        memory = self.encode(source, source_positions, key=key)
+        return self.decode(tokens, positions, self.cross_cache(memory, source_positions), key=key)
+
+    def _place(self, x: torch.Tensor, positions: torch.Tensor, key: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings scaled, positions added (sections 3.4 and 3.5). [B, T, D] -> same"""
+        if self.config.scale_embedding:
+            x = x * self.config.d_model**0.5
+        x = x + sinusoids(positions, self.config, x.dtype)
+        return constrain(dropout(x, self.config.dropout, key), "residual")
+
+    def encode(
+        self, source: torch.Tensor, source_positions: torch.Tensor, *, key: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The source, each token aware of all others. [B, S] -> [B, S, D]"""
+        c = self.config
+        x = self.embed(source) if c.share_embeddings else self.source_embed(source)  # [B, S, D]
+        x = self._place(x, source_positions, subkey(key, c.encoder_layers + c.decoder_layers))
+        mask = visible(source_positions, source_positions, causal=False)  # [B, S, S]
+        for i, layer in enumerate(self.encoder):
+            x = layer(x, mask, subkey(key, i))
+        return x
+
+    def cross_cache(self, memory: torch.Tensor, source_positions: torch.Tensor) -> CrossCache:
+        """The keys and values that every decoder layer takes from the encoder's output. [B, S, D], [B, S]"""
+        pairs = [layer.cross_attn.keys_values(memory) for layer in self.decoder]  # type: ignore[union-attr,operator]
+        k, v = (torch.stack(arrays) for arrays in zip(*pairs, strict=True))  # 2 x [L, B, S, N, H]
+        return CrossCache(k, v, source_positions)
+
+    def decode(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        cross: CrossCache,
+        cache: KVCache | None = None,
+        *,
+        key: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, KVCache | None]:
+        x, cache = self.decode_hidden(tokens, positions, cross, cache, key=key)
+        return self.head(x), cache
+
+    def decode_hidden(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        cross: CrossCache,
+        cache: KVCache | None = None,
+        *,
+        key: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, KVCache | None]:
+        """The decoder below the head. [B, T] -> [B, T, D]"""
+        c = self.config
+        x = self._place(self.embed(tokens), positions, subkey(key, c.encoder_layers + c.decoder_layers + 1))
+        slots, key_positions = None, positions
+        if cache is not None:
+            slots, cache = place(positions, cache)
+            key_positions = cache.positions
+        mask = visible(positions, key_positions)  # [B, T, S]
+        for i, layer in enumerate(self.decoder):
+            x, cache = layer(x, mask, cross, slots, cache, i, subkey(key, c.encoder_layers + i))
+        return x, cache
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits, with the embedding itself as the matrix where the two are tied. [B, T, D] -> [B, T, V]"""
+        c = self.config
+        logits = nn.functional.linear(x, self.embed.weight) if c.tie_word_embeddings else self.lm_head(x)
+        return logits + self.final_logits_bias if c.final_logits_bias else logits
+
+    def empty_cache(self, batch: int, length: int) -> KVCache:
+        """A cache for `batch` target sequences of up to `length` positions."""
+        c, N = self.config, self.config.decoder_attention_heads
+        table = self.embed.weight
+        size = (c.decoder_layers, batch, length, N, c.d_model // N)
+        return empty_cache(*size, dtype=table.dtype, device=table.device)
