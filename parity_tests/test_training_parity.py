@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import optax
 import pytest
 import torch
 
@@ -105,8 +104,14 @@ def test_another_setting_in_one_optimizer_fails(mistake, monkeypatch):
 
 
 def test_decay_of_norms_fails(monkeypatch):
-    original = optax.adamw
-    monkeypatch.setattr(optax, "adamw", lambda **options: original(**options | {"mask": None}))
+    original = adamw.torch_adamw
+
+    def everything(recipe, model):
+        with monkeypatch.context() as planted:
+            planted.setattr(adamw, "decays", lambda shape: True)
+            return original(recipe, model)
+
+    monkeypatch.setattr("twinformers.parity.training.torch_adamw", everything)
     failed = [r for r in run("llama", ["training"], steps=2).checks if not r.ok]
     assert failed and all("norm" in r.path for r in failed)
 

@@ -78,6 +78,22 @@ def test_norm_computed_in_bfloat16_is_more_than_rounding(twin, monkeypatch):
     assert {(twin, "rms"), (twin, "max")} == failed
 
 
+def test_accumulation_in_bfloat16_is_more_than_rounding(monkeypatch):
+    linear = torch.nn.functional.linear
+
+    def lossy(x, weight, bias=None):
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu":
+            return linear(x, weight, bias)
+        total = torch.zeros(*x.shape[:-1], len(weight), dtype=x.dtype)
+        for k in range(x.shape[-1]):
+            total = total + x[..., k, None] * weight[:, k]
+        return total
+
+    monkeypatch.setattr(torch.nn.functional, "linear", lossy)
+    report = verify("preset:llama-tiny", dtypes=["bfloat16"], checks=["rounding"])
+    assert {(r.left, r.path) for r in report.checks if not r.ok} == {("torch", "rms"), ("torch", "max")}
+
+
 def test_half_precision_twins_err_no_more_than_rounding_explains():
     report = verify("preset:llama-tiny", dtypes=["bfloat16", "float16"], checks=["rounding"])
     judged = [r for r in report.checks if r.limit is not None]
