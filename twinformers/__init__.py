@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from twinformers.loading import load as load
     from twinformers.loading import load_config as load_config
     from twinformers.loading import load_tokenizer as load_tokenizer
+    from twinformers.parity.compare import CompareResult as CompareResult
+    from twinformers.parity.compare import compare as compare
+    from twinformers.parity.comparing.page import write_comparison as write_comparison
+    from twinformers.parity.diverge import DivergeReport as DivergeReport
+    from twinformers.parity.diverge import diverge as diverge
     from twinformers.parity.report import write_report as write_report
     from twinformers.parity.verify import VerifyReport as VerifyReport
     from twinformers.parity.verify import verify as verify
@@ -25,9 +30,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DivergeReport": "parity.diverge",
     "GenerateResult": "generation",
     "PortResult": "checkpoints",
     "Sampling": "configs",
+    "diverge": "parity.diverge",
+    "CompareResult": "parity.compare",
+    "compare": "parity.compare",
     "generate": "generation",
     "load": "loading",
     "load_config": "loading",
@@ -36,6 +45,7 @@ _HOMES = {
     "port": "checkpoints",
     "VerifyReport": "parity.verify",
     "verify": "parity.verify",
+    "write_comparison": "parity.comparing.page",
     "write_report": "parity.report",
 }
 __all__ = sorted(_HOMES)

@@ -124,7 +124,52 @@ def verify(
     raise typer.Exit(code)
 
 
-@app.command(epilog="Example: twinformers train translation --framework jax --out ./numbers")
+@app.command(epilog="Example: twinformers compare demo --report comparison.html")
+def compare(
+    source: Source,
+    report: Annotated[Optional[Path], typer.Option(help="Write an HTML page of everything here.")] = None,  # noqa: UP045
+    dtype: Annotated[Optional[list[str]], typer.Option(help="Repeatable; default float64, float32.")] = None,  # noqa: UP045
+    prompt: Annotated[Text, typer.Option(help="The text that is continued token by token.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Continue it by at most so many tokens.")] = 32,
+    no_timing: Annotated[bool, typer.Option("--no-timing", help="Leave speed and memory out.")] = False,
+    jax_device: Annotated[Text, typer.Option(help="cpu, gpu or tpu.")] = None,
+    torch_device: Annotated[Text, typer.Option(help="cpu or cuda.")] = None,
+    json: Json = False,
+) -> None:
+    """Set the twins side by side: figures, tokens, speed, source; exit code 1 if a check fails."""
+    from twinformers.cli import compare as verb
+
+    code = verb.run(
+        source,
+        report_file=report,
+        dtypes=dtype or [],
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        timing=not no_timing,
+        jax_device=jax_device,
+        torch_device=torch_device,
+        json=json,
+    )
+    raise typer.Exit(code)
+
+
+@app.command(epilog="Example: twinformers diverge jax:demo torch:demo --gradients")
+def diverge(
+    left: Annotated[str, typer.Argument(help="jax:SOURCE, torch:SOURCE or hf:SOURCE (transformers).")],
+    right: Annotated[str, typer.Argument(help="The same; the two need one architecture, not one source.")],
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Where outputs agree, search the backward pass too.")
+    ] = False,
+    limit: Annotated[float, typer.Option(help="The largest relative difference that is none.")] = 1e-9,
+    json: Json = False,
+) -> None:
+    """Find the first submodule where two models part, and say why; exit code 1 if they do."""
+    from twinformers.cli import diverge as verb
+
+    raise typer.Exit(verb.run(left, right, gradients=gradients, limit=limit, json=json))
+
+
+@app.command(epilog="Example: twinformers train translation --framework jax --out runs/numbers")
 def train(
     task: Annotated[str, typer.Argument(help="translation: number names, English to German.")],
     out: Annotated[Path, typer.Option(help="The folder to write; `translate` reads it.")],
@@ -154,7 +199,7 @@ def train(
     raise typer.Exit(verb.run(task, out, **options, settings=settings, json=json))  # type: ignore[arg-type]
 
 
-@app.command(epilog='Example: twinformers translate ./numbers --text "two hundred fifty-four"')
+@app.command(epilog='Example: twinformers translate runs/numbers --text "two hundred fifty-four"')
 def translate(
     source: Source,
     text: Annotated[list[str], typer.Option(help="What to translate; repeatable.")],

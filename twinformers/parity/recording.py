@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -71,6 +72,7 @@ def patched_jax(
     running: set[int] = set()
 
     def wrap(original):
+        @functools.wraps(original)
         def call(self, *args, **kwargs):
             if id(self) not in paths or id(self) in running:  # the latter: a call of its base class's
                 return original(self, *args, **kwargs)

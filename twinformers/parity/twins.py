@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from twinformers.checkpoints import Checkpoint
 from twinformers.loading import find_device, load
-from twinformers.parity.kinds import Inputs, kind
+from twinformers.parity.kinds import Call, Inputs, kind
 from twinformers.parity.recording import Activations, record_jax, record_torch, to_numpy, widened
 
 
@@ -35,12 +36,41 @@ def jax_precision(dtype: str) -> Iterator[None]:
         yield
 
 
-def run_jax(checkpoint: Checkpoint, dtype: str, device: Any, inputs: Inputs, checks: Sequence[str]) -> Run:
+def jax_caller(model: Any, consumed: Collection[str] = ()) -> Call:
+    """Call a Flax twin's methods by name, each compiled once; those `consumed` donate their last argument."""
     import jax
 
     from jax_models import functional
 
-    calls, steps = kind(checkpoint.config), {}
+    compiled: dict[str, Any] = {}
+
+    def call(method: str, *args: Any) -> Any:
+        if method not in compiled:
+            apply, params = functional(model, method)
+            donated = len(args) if method in consumed else ()
+            compiled[method] = partial(jax.jit(apply, donate_argnums=donated), params)
+        return compiled[method](*args)
+
+    return call
+
+
+def torch_caller(model: Any, device: Any) -> Call:
+    """Call a PyTorch twin's methods by name; numpy arrays are put on the device."""
+    import torch
+
+    def put(x: Any) -> Any:
+        return torch.from_numpy(x.copy()).to(device) if isinstance(x, np.ndarray) else x
+
+    def call(method: str, *args: Any) -> Any:
+        return (model if method == "__call__" else getattr(model, method))(*map(put, args))
+
+    return call
+
+
+def run_jax(checkpoint: Checkpoint, dtype: str, device: Any, inputs: Inputs, checks: Sequence[str]) -> Run:
+    import jax
+
+    calls = kind(checkpoint.config)
     with jax_precision(dtype):
         place = find_device("jax", device)
         model = load(checkpoint, "jax", dtype, place)
@@ -51,13 +81,7 @@ def run_jax(checkpoint: Checkpoint, dtype: str, device: Any, inputs: Inputs, che
             {p: x.dtype.name for p, x in {"": logits, **activations}.items()},
         )
 
-        def call(method: str, *args: Any) -> Any:
-            if method not in steps:
-                apply, params = functional(model, method)
-                steps[method] = jax.jit(apply), params
-            step, params = steps[method]
-            return step(params, *args)
-
+        call = jax_caller(model)
         if "cache" in checks:
             parts = calls.cached(call, model.empty_cache, inputs)
             run.cached = np.concatenate([widened(np.asarray(p)) for p in parts], 1)
@@ -72,16 +96,9 @@ def run_torch(checkpoint: Checkpoint, dtype: str, device: Any, inputs: Inputs, c
     calls, place = kind(checkpoint.config), find_device("torch", device)
     model = load(checkpoint, "torch", dtype, place)
     dtypes: dict[str, str] = {}
-
-    def put(x: Any) -> Any:
-        return torch.from_numpy(x.copy()).to(place) if isinstance(x, np.ndarray) else x
-
-    logits, activations = record_torch(model, lambda m: m(*map(put, inputs))[0], dtypes=dtypes)
+    call = torch_caller(model, place)
+    logits, activations = record_torch(model, lambda m: call("__call__", *inputs)[0], dtypes=dtypes)
     run = Run(logits, activations, dtypes)
-
-    def call(method: str, *args: Any) -> Any:
-        return (model if method == "__call__" else getattr(model, method))(*map(put, args))
-
     if "cache" in checks:
         with torch.inference_mode():
             parts = calls.cached(call, model.empty_cache, inputs)

@@ -1,6 +1,7 @@
-"""The parts of `twinformers.diverge`: two models that can be run piece by piece, and what may explain a gap.
+"""The parts of `twinformers.diverge`.
 
-`sides` records a model's submodules and calls one alone, `values` names and pairs what they are given,
-`rewriting` changes single operations while a module runs, `hypotheses` tries mistakes that people make, and
-`gradients` does for the backward pass what `parity.diverge` does for the forward pass.
+`sides`, `jax_side` and `torch_side` record a model's submodules and call one alone; `opening` makes them of
+what a user gives. `values` names and pairs what submodules are given. `case` holds the one that differs, and
+`hypotheses` tries mistakes on it, in `parameters`, `operations`, `positions` and what remains; `rewriting`
+changes single operations while a module runs. `gradients` takes the backward pass apart.
 """

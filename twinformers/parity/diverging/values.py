@@ -1,4 +1,4 @@
-"""What a submodule is given: trees of arrays, their leaves by name, and which leaves of two sides correspond."""
+"""What a submodule is given: trees of arrays, their leaves by name, and which of two sides correspond."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def pair_leaves(left: Leaves, right: Leaves) -> dict[str, str]:
 
 
 def expand(paths: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
-    """{left path: right path} with `{i}` standing for each number that `names`, the left's paths, have there."""
+    """{left path: right path}, `{i}` standing for each number that `names`, the left's paths, have there."""
     found = {}
     for ours, theirs in paths.items():
         if "{i}" not in ours:
