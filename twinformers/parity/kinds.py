@@ -8,7 +8,7 @@ the last pair is what the logits are for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +45,16 @@ def _successors(tokens: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, 
     return following, ((positions >= 0) & (places == positions + 1)).astype(np.int32)
 
 
+def _greedily(step: Call, logits: Any, cache: Any, length: int, count: int) -> Iterator[int]:
+    """The likeliest token after `length` others, and `count` more from `step(token, position, cache)`."""
+    for place in itertools.count(length):
+        token = int(logits[0, -1].argmax())
+        yield token
+        if place == length + count:
+            return
+        logits, cache = step(np.array([[token]], np.int32), np.array([[place]], np.int32), cache)
+
+
 class Causal:
     """`model(tokens, positions, cache)`: decoder-only language models."""
 
@@ -79,6 +89,16 @@ class Causal:
 
         engine = importlib.import_module(f"{engines}.generate").Generator(model)
         return list(engine.stream(inputs[0][:1, :24].tolist(), max_new_tokens=16))
+
+    def prompted(self, config: Any, prompt: Sequence[int]) -> Inputs:
+        """One row: a text to continue."""
+        return np.array([prompt], np.int32), _upwards(len(prompt))
+
+    def steps(self, call: Call, empty_cache: Call, inputs: Inputs, count: int) -> Iterator[int]:
+        """The likeliest token after one row of inputs, then after each of `count` steps with a cache."""
+        length = inputs[0].shape[1]
+        logits, cache = call("__call__", *inputs, empty_cache(1, length + count))
+        yield from _greedily(lambda *args: call("__call__", *args), logits, cache, length, count)
 
     def continued(self, config: Any, inputs: Inputs, generated: list[list[int | None]]) -> Inputs:
         """The inputs whose last logits decide on the token that follows `generated`."""
@@ -142,9 +162,30 @@ class EncoderDecoder:
         """A greedy translation of the first source, a token per step."""
         import importlib
 
-        beams = importlib.import_module(f"{engines}.beam").BeamSearch(model)
-        tokens = beams.generate([inputs[0][0].tolist()], num_beams=1, max_new_tokens=16)[0]
-        return [[token] for token in tokens]
+        from twinformers.configs._beams import Beams
+
+        engine = importlib.import_module(f"{engines}.beam").Translator(model)
+        beams = Beams(num_beams=1, max_new_tokens=16)
+        return [[token] for token in engine.translate([inputs[0][0].tolist()], beams)[0].tokens]
+
+    def prompted(self, config: Any, prompt: Sequence[int]) -> Inputs:
+        """One row: a text to translate, and the token that every translation starts with."""
+        start = np.array([[config.decoder_start_token_id]], np.int32)
+        return np.array([prompt], np.int32), _upwards(len(prompt)), start, _upwards(1)
+
+    def steps(self, call: Call, empty_cache: Call, inputs: Inputs, count: int) -> Iterator[int]:
+        """The likeliest token after one row of inputs, then after each of `count` steps with a cache."""
+        source, source_positions, tokens, positions = inputs
+        cross = call("cross_cache", call("encode", source, source_positions), source_positions)
+        length = tokens.shape[1]
+        logits, cache = call("decode", tokens, positions, cross, empty_cache(1, length + count))
+        yield from _greedily(
+            lambda token, place, cache: call("decode", token, place, cross, cache),
+            logits,
+            cache,
+            length,
+            count,
+        )
 
     def continued(self, config: Any, inputs: Inputs, generated: list[list[int | None]]) -> Inputs:
         """The inputs whose last logits decide on the token that follows `generated`."""

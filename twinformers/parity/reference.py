@@ -16,7 +16,7 @@ import numpy as np
 
 from twinformers.checkpoints import Checkpoint, convert
 from twinformers.configs import Config
-from twinformers.errors import MissingDependency
+from twinformers.errors import ConfigError, MissingDependency
 from twinformers.parity.kinds import Inputs, kind
 from twinformers.parity.recording import Activations, record_torch
 from twinformers.weight_maps import weight_map
@@ -40,18 +40,22 @@ def float64_throughout() -> Iterator[None]:
 
     default, legacy = torch.get_default_dtype(), torch.FloatTensor
     torch.set_default_dtype(torch.float64)
-    torch.FloatTensor = torch.DoubleTensor  # Marian makes its table of positions with it
+    torch.FloatTensor = torch.DoubleTensor  # type: ignore[assignment,misc]  # Marian makes its table with it
     try:
         with Float64():
             yield
     finally:
         torch.set_default_dtype(default)
-        torch.FloatTensor = legacy
+        torch.FloatTensor = legacy  # type: ignore[misc]
 
 
 def has_reference(config: Config) -> bool:
     """Whether there is a model of transformers to compare with: a class of it, and transformers itself."""
-    return config.hf_class is not None and importlib.util.find_spec("transformers") is not None
+    try:
+        known = config.hf_class is not None
+    except ConfigError:  # a layout that transformers does not know
+        return False
+    return known and importlib.util.find_spec("transformers") is not None
 
 
 def reference_model(checkpoint: Checkpoint, dtype: str) -> Any:
