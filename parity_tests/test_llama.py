@@ -224,3 +224,24 @@ def test_threefry_in_torch_matches_jax():
 
 def test_buckets_are_powers_of_two():
     assert [bucket(n) for n in (1, 16, 17, 32, 33)] == [16, 16, 32, 32, 64]
+
+
+@pytest.mark.slow
+def test_ten_seeds_sample_the_same_text_from_real_weights():
+    from jax_models.generate import Generator as JaxGenerator
+    from torch_models.generate import Generator as TorchGenerator
+
+    tokenizer = twinformers.load_tokenizer("demo")
+    prompt = [tokenizer.encode("Once upon a time")]
+    left = JaxGenerator(twinformers.load("demo", "jax"))
+    right = TorchGenerator(twinformers.load("demo", "torch"))
+    texts = set()
+    for seed in range(10):
+        sampling = twinformers.Sampling(temperature=0.8, seed=seed)
+        ours, theirs = (
+            [row[0] for row in engine.stream(prompt, max_new_tokens=64, sampling=sampling)]
+            for engine in (left, right)
+        )
+        assert ours == theirs and len(ours) == 64
+        texts.add(tuple(ours))
+    assert len(texts) == 10

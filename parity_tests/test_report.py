@@ -15,12 +15,13 @@ from twinformers import verify
 from twinformers.checkpoints import open_checkpoint
 from twinformers.cli.app import run
 from twinformers.errors import DestinationError
-from twinformers.parity import report as module
-from twinformers.parity.report import check_destination, write_report
+from twinformers.parity import page as module
+from twinformers.parity.page import check_destination
+from twinformers.parity.report import write_report
 from twinformers.parity.verify import CheckResult
 
 SOURCE = "preset:llama-tiny"
-VOID = {"meta", "br", "link", "img", "hr", "input"}
+VOID = {"meta", "br", "wbr", "link", "img", "hr", "input"}
 NAMES = {"Flax": "jax", "PyTorch": "torch"}
 
 

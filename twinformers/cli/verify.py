@@ -6,7 +6,8 @@ from pathlib import Path
 
 from twinformers.checkpoints import opened
 from twinformers.cli.output import console, print_json, progress
-from twinformers.parity.report import check_destination, failures, is_judged, severity, write_report
+from twinformers.parity.page import check_destination, failures, is_judged, severity
+from twinformers.parity.report import write_report
 from twinformers.parity.verify import CHECKS, CheckResult, VerifyReport, verify
 
 
