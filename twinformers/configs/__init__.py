@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
+from twinformers.configs._beams import Beams
 from twinformers.configs._rope import RopeScaling, rotary_frequencies
 from twinformers.configs._sampling import Sampling
 from twinformers.configs.base import Config, located
 from twinformers.errors import ConfigError, SourceError
 
 __all__ = [
+    "Beams",
     "Config",
     "RopeScaling",
     "Sampling",

@@ -72,7 +72,7 @@ class Config:
 
     architecture: ClassVar[str]
     model_class: ClassVar[str]
-    hf_class: ClassVar[str]
+    hf_class: ClassVar[str | None]
     hf_model_type: ClassVar[str]
     kind: ClassVar[str] = "causal"
     HF_DEFAULTS: ClassVar[Mapping[str, Any]] = {}
