@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from twinformers.checkpoints import PortResult as PortResult
     from twinformers.checkpoints import open_checkpoint as open_checkpoint
     from twinformers.checkpoints import port as port
+    from twinformers.configs import Beams as Beams
     from twinformers.configs import Sampling as Sampling
     from twinformers.generation import GenerateResult as GenerateResult
     from twinformers.generation import generate as generate
@@ -26,10 +27,13 @@ if TYPE_CHECKING:
     from twinformers.parity.report import write_report as write_report
     from twinformers.parity.verify import VerifyReport as VerifyReport
     from twinformers.parity.verify import verify as verify
+    from twinformers.translation import TranslateResult as TranslateResult
+    from twinformers.translation import translate as translate
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Beams": "configs",
     "DivergeReport": "parity.diverge",
     "GenerateResult": "generation",
     "PortResult": "checkpoints",
@@ -43,7 +47,9 @@ _HOMES = {
     "load_tokenizer": "loading",
     "open_checkpoint": "checkpoints",
     "port": "checkpoints",
+    "TranslateResult": "translation",
     "VerifyReport": "parity.verify",
+    "translate": "translation",
     "verify": "parity.verify",
     "write_comparison": "parity.comparing.page",
     "write_report": "parity.report",

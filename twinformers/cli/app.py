@@ -169,7 +169,7 @@ def diverge(
     raise typer.Exit(verb.run(left, right, gradients=gradients, limit=limit, json=json))
 
 
-@app.command(epilog="Example: twinformers train translation --framework jax --out runs/numbers")
+@app.command(epilog="Example: twinformers train translation --framework jax --out ./numbers")
 def train(
     task: Annotated[str, typer.Argument(help="translation: number names, English to German.")],
     out: Annotated[Path, typer.Option(help="The folder to write; `translate` reads it.")],
@@ -199,7 +199,7 @@ def train(
     raise typer.Exit(verb.run(task, out, **options, settings=settings, json=json))  # type: ignore[arg-type]
 
 
-@app.command(epilog='Example: twinformers translate runs/numbers --text "two hundred fifty-four"')
+@app.command(epilog='Example: twinformers translate ./numbers --text "two hundred fifty-four"')
 def translate(
     source: Source,
     text: Annotated[list[str], typer.Option(help="What to translate; repeatable.")],

@@ -51,6 +51,11 @@ def run(
     return 0 if report.ok else 1
 
 
+def is_silent(result: CheckResult) -> bool:
+    """Whether nothing was compared, and the note says why."""
+    return result.max_rel is None and not is_judged(result)
+
+
 def show(report: VerifyReport) -> None:
     """A table for each dtype, with the worst figure of each comparison; then what failed, and the verdict."""
     from rich.table import Table
@@ -76,13 +81,21 @@ def show(report: VerifyReport) -> None:
                 worst.path or "logits",
                 "" if worst.max_rel is None else f"{worst.max_rel:.1e}",
                 "" if worst.limit is None else f"{worst.limit:.1e}",
-                "FAILED" if not worst.ok else "ok" if is_judged(worst) else "reported",
+                "FAILED"
+                if not worst.ok
+                else "ok"
+                if is_judged(worst)
+                else "not compared"
+                if is_silent(worst)
+                else "reported",
             )
         out.print(table)
     for f in failures(report.checks):
         r = f.first
         where = f"{r.check}, {r.dtype}, {r.left}-{r.right}: {f.failed} of {f.total}"
         out.print(f"FAILED {where}, first at {r.path or 'logits'}. {r.note}", soft_wrap=True)
+    for note in dict.fromkeys(f"{r.check}, {r.dtype}: {r.note}" for r in report.checks if is_silent(r)):
+        out.print(note, soft_wrap=True)
     if not report.ok:
         out.print("A check failed.")
     elif any(map(is_judged, report.checks)):
