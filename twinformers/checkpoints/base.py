@@ -20,6 +20,10 @@ ASSETS = (
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
+    "source.spm",  # Marian's, one for each language
+    "target.spm",
+    "vocab-src.json",  # FSMT's
+    "vocab-tgt.json",
     "added_tokens.json",
     "special_tokens_map.json",
     "chat_template.json",
@@ -48,8 +52,8 @@ class TensorInfo:
 class Checkpoint(ABC):
     """An opened source of weights. Opening reads headers only.
 
-    `format` names the storage ("hf", "gguf", "torch", "jax", "preset"), `side` the column of the weight
-    map whose names and layouts the tensors have ("hf", "gguf", "torch", "jax").
+    `format` names the storage ("hf", "gguf", "meta", "torch", "jax", "preset"), `side` the column of the weight
+    map whose names and layouts the tensors have ("hf", "gguf", "meta", "torch", "jax").
     """
 
     format: str

