@@ -52,8 +52,8 @@ class TensorInfo:
 class Checkpoint(ABC):
     """An opened source of weights. Opening reads headers only.
 
-    `format` names the storage ("hf", "gguf", "meta", "torch", "jax", "preset"), `side` the column of the weight
-    map whose names and layouts the tensors have ("hf", "gguf", "meta", "torch", "jax").
+    `format` names the storage ("hf", "gguf", "meta", "torch", "jax", "preset"), `side` the column of the
+    weight map whose names and layouts the tensors have (all of these but "preset").
     """
 
     format: str
