@@ -89,7 +89,9 @@ def _open_path(source: str, path: Path) -> Checkpoint:
     if path.suffix == ".gguf" and path.is_file():
         from twinformers.checkpoints.gguf import GGUFCheckpoint
 
-        return GGUFCheckpoint(path)
+        checkpoint = GGUFCheckpoint(path)
+        checkpoint.source = source  # what the caller calls it: "demo", not where pip put the file
+        return checkpoint
     raise SourceError("not a checkpoint", where=str(path), expected="a folder, or a .gguf file")
 
 
