@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from twinformers.checkpoints.base import Checkpoint, TensorInfo
 from twinformers.configs import Config
-from twinformers.weight_maps import weight_map
+from twinformers.weight_maps import Leaf, weight_map
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,14 +31,17 @@ class PresetCheckpoint(Checkpoint):
         self.seed = seed
 
     @cached_property
+    def _leaves(self) -> Mapping[str, Leaf]:
+        return weight_map(self.config).leaves("torch")
+
+    @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:  # type: ignore[override]
-        leaves = weight_map(self.config).leaves("torch")
-        return {name: TensorInfo(leaf.shape("torch"), "float32", "") for name, leaf in leaves.items()}
+        return {n: TensorInfo(leaf.shape("torch"), "float32", "") for n, leaf in self._leaves.items()}
 
     def read(self, name: str) -> np.ndarray:
         import numpy as np
 
-        leaf = weight_map(self.config).leaves("torch")[name]
+        leaf = self._leaves[name]
         generator = np.random.Generator(np.random.Philox(key=[self.seed, zlib.crc32(name.encode())]))
         draw = generator.standard_normal(leaf.shape("torch"), dtype=np.float32)
         kind = leaf.name("jax").rpartition(".")[2]
