@@ -145,8 +145,8 @@ def _unwritable(path: Path, error: OSError) -> DestinationError:
 
 
 def is_judged(result: CheckResult) -> bool:
-    """Whether the result has a limit, or is right or wrong without one, as generated tokens are."""
-    return result.limit is not None or result.check == "generation" or not result.ok
+    """Whether the result has a limit, or is right or wrong without one, as chosen tokens are."""
+    return result.limit is not None or result.check in ("generation", "tokens") or not result.ok
 
 
 def _figure(value: float | None) -> str:
