@@ -105,7 +105,9 @@ def gradients_torch(
     from twinformers.parity.recording import hooked_torch
 
     targets, weights = kind(checkpoint.config).targets(inputs)
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    # A tied parameter goes by all of its names: which one is first is the model's affair.
+    named = model.named_parameters(remove_duplicate=False)
+    parameters = {n: p for n, p in named if p.requires_grad}
     with torch.enable_grad(), hooked_torch(model, names) as seen:
         logits = call(model)
         put = {"device": logits.device}
