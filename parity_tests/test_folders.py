@@ -336,7 +336,7 @@ BROKEN = {
     "index without a map": ("shards", index(weight_map=[]), FormatError, INDEX, "lists no"),
     # config.json
     "config missing": ("hf", lambda f: (f / CONFIG).unlink(), SourceError, "hf", "expected: config.json"),
-    "config a folder": ("hf", lambda f: make_folder(f / CONFIG), FormatError, CONFIG, "cannot be read"),
+    "config a folder": ("hf", lambda f: make_folder(f / CONFIG), FormatError, CONFIG, "found:    a folder"),
     "config no JSON": ("hf", text(CONFIG, "model_type: llama"), FormatError, CONFIG, "JSON"),
     "config no UTF-8": ("hf", text(CONFIG, b'{"a": "\xff\xfe"}'), FormatError, CONFIG, "JSON"),
     "config a list": ("hf", text(CONFIG, "[1]"), FormatError, CONFIG, "found:    list"),
@@ -507,14 +507,14 @@ def test_file_that_shrinks_while_it_is_read(folders, tmp_path):
 
 def test_unreadable_asset_is_named(folders, tmp_path, monkeypatch):
     shutil.copytree(folders / "hf", tmp_path / "hf")
-    read = Path.read_bytes
+    opened = os.open
 
-    def fail(path):
-        if path.name == GENERATION:
+    def fail(path, *options):
+        if str(path).endswith(GENERATION):
             raise OSError(errno.EIO, "Input/output error")
-        return read(path)
+        return opened(path, *options)
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(os, "open", fail)
     with pytest.raises(FormatError, match="Input/output error") as caught:
         port(tmp_path / "hf", tmp_path / "out", to="torch")
     assert caught.value.where.endswith(GENERATION)

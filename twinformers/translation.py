@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from twinformers.checkpoints import opened
-from twinformers.checkpoints.folders import json_object
+from twinformers.checkpoints.files import json_object
 from twinformers.configs._beams import Beams
 from twinformers.errors import UsageError
 from twinformers.loading import FRAMEWORKS, Source, load, load_tokenizer

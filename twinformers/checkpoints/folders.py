@@ -9,12 +9,14 @@ our module names, a jax folder an Orbax checkpoint in `params/` with our flat do
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from twinformers.checkpoints.base import ASSETS, Checkpoint, TensorInfo
+from twinformers.checkpoints.files import read_file, read_json
 from twinformers.checkpoints.safetensors_io import SafetensorsFiles
 from twinformers.configs import config_from_hf
 from twinformers.errors import FormatError, SourceError
@@ -29,43 +31,18 @@ SINGLE = "model.safetensors"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def read_file(path: Path) -> bytes:
-    """The content of a small file. Raises FormatError where it cannot be read."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise FormatError("the file does not exist", where=str(path)) from None
-    except OSError as error:
-        raise FormatError("the file cannot be read", where=str(path), found=str(error)) from None
-
-
-def json_object(content: bytes, where: str) -> dict[str, Any]:
-    """The object that some JSON is. Raises FormatError for anything else."""
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise FormatError("not readable as JSON", where=where, found=str(error)) from None
-    if not isinstance(value, dict):
-        raise FormatError("not a JSON object", where=where, expected="an object", found=type(value).__name__)
-    return value
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises FormatError for anything else."""
-    return json_object(read_file(path), str(path))
-
-
 class FolderCheckpoint(Checkpoint):
     """What all folders share: config.json and the files that travel with the weights."""
 
     def __init__(self, source: str, folder: Path):
         self.folder = folder
-        self.raw_config = read_json(folder / "config.json")
+        self.raw_config = read_json(folder / "config.json", folder)
         super().__init__(source, config_from_hf(self.raw_config, str(folder / "config.json")))
 
     @cached_property
     def assets(self) -> Mapping[str, bytes]:  # type: ignore[override]
-        found = {name: read_file(self.folder / name) for name in ASSETS if (self.folder / name).is_file()}
+        names = [name for name in ASSETS if os.path.lexists(self.folder / name)]
+        found = {name: read_file(self.folder / name, self.folder) for name in names}
         if "generation_config.json" not in found:
             ids = {k: self.raw_config[k] for k in TOKEN_IDS if self.raw_config.get(k) is not None}
             if ids:
@@ -111,7 +88,7 @@ class SafetensorsFolder(FolderCheckpoint):
 
     @staticmethod
     def _read_index(path: Path) -> dict[str, str]:
-        listed = read_json(path).get("weight_map")
+        listed = read_json(path, path.parent, unique=True).get("weight_map")
         if not isinstance(listed, dict) or not listed:
             raise FormatError("the index lists no tensors", where=f"{path}: weight_map")
         for name, file in listed.items():
@@ -157,7 +134,7 @@ def open_folder(source: str, folder: Path) -> Checkpoint:
     """Open a folder by what lies in it: a twin's marker, Hugging Face's config.json or Meta's params.json."""
     marker = folder / MARKER
     if marker.exists():
-        found = read_json(marker)
+        found = read_json(marker, folder)
         if found.get("version") != VERSION or found.get("format") not in ("torch", "jax"):
             raise FormatError(
                 "unknown kind of twinformers folder",

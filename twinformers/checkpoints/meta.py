@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from twinformers.checkpoints.base import ASSETS, Checkpoint, TensorInfo
 from twinformers.checkpoints.dtypes import DTYPES, numpy_dtype
-from twinformers.checkpoints.folders import read_json
+from twinformers.checkpoints.files import read_json
 from twinformers.configs.base import located
 from twinformers.configs.llama import LlamaConfig
 from twinformers.errors import ConfigError, FormatError, MissingDependency, SourceError, WeightsError

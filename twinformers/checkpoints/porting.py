@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from twinformers.checkpoints.base import Checkpoint
 from twinformers.checkpoints.dtypes import cast, check_dtype, stored_dtype, widest
-from twinformers.checkpoints.folders import MARKER, TOKEN_IDS, VERSION, json_object
+from twinformers.checkpoints.files import json_object
+from twinformers.checkpoints.folders import MARKER, TOKEN_IDS, VERSION
 from twinformers.checkpoints.grouping import grouped
 from twinformers.checkpoints.safetensors_io import Entry, write_shards
 from twinformers.checkpoints.sources import opened

@@ -21,7 +21,8 @@ import numpy as np
 from twinformers.checkpoints import port
 from twinformers.checkpoints.base import Checkpoint, TensorInfo
 from twinformers.checkpoints.dtypes import check_dtype
-from twinformers.checkpoints.folders import open_folder, read_file, read_json
+from twinformers.checkpoints.files import read_file, read_json
+from twinformers.checkpoints.folders import open_folder
 from twinformers.configs.transformer import TransformerConfig
 from twinformers.errors import FormatError, SourceError, UsageError
 from twinformers.weight_maps import weight_map
