@@ -139,6 +139,8 @@ def test_port(model, call, tmp_path):
         "tensors",
         "bytes",
         "dtypes",
+        "losses",
+        "files",
         "seconds",
     }
     assert found["format"] == "torch" and found["source_format"] == "hf"

@@ -7,8 +7,11 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import random
 import struct
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -208,6 +211,24 @@ CORRUPT = {
     "many tensors": (build(n_tensors=2**62), "tensor count"),
     "long array": (build([pair("k", 9, struct.pack("<IQ", 5, 2**61))]), "count is larger"),
     "long strings": (build([pair("k", 9, struct.pack("<IQ", 8, 2**40))]), "count is larger"),
+    "more keys than any": (build([pair(f"k{i}", 7, b"\1") for i in range(65537)]), "key count"),
+    "more tensors than any": (build([], [tensor(f"t{i}") for i in range(65537)]), "tensor count"),
+    "more strings than any": (
+        build([pair("k", 9, struct.pack("<IQ", 8, 3 << 20) + bytes(24 << 20))]),
+        "any model",
+    ),
+    "more numbers than any": (
+        build([pair(f"k{i}", 9, struct.pack("<IQ", 0, 1 << 20) + bytes(1 << 20)) for i in range(2)]),
+        "any model",
+    ),
+    "long key": (build([pair("k" * 65536, 7, b"\1")]), "name is too long"),
+    "long name": (build([], [tensor("t" * 65)], DATA), "name is too long"),
+    "long header": (build([pair("k", 8, text("x" * (33 << 20)))]), "header is too long"),
+    "string array cut": (
+        build([pair("k", 9, struct.pack("<IQQ", 8, 2, 0) + struct.pack("<Q", 99))]),
+        "ends before",
+    ),
+    "string array not utf-8": (build([pair("k", 9, struct.pack("<IQQ", 8, 1, 1) + b"\xff")]), "UTF-8"),
     "long string": (build([pair("k", 8, struct.pack("<Q", 2**63))]), "ends before"),
     "not utf-8": (build([pair("k", 8, struct.pack("<Q", 1) + b"\xff")]), "UTF-8"),
     "key twice": (build([pair("k", 7, b"\1")] * 2), "twice"),
@@ -257,8 +278,47 @@ def test_flipped_bytes_raise_nothing_but_typed_errors(tmp_path):
             GGUFCheckpoint(path).close()
 
 
+def test_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "m.gguf")
+    with pytest.raises(FormatError, match="a pipe"):
+        GGUFCheckpoint(tmp_path / "m.gguf")
+
+
+MEASURE = """
+import sys
+import gguf, twinformers.configs.llama
+from twinformers.checkpoints.gguf import GGUFCheckpoint
+from twinformers.errors import TwinformersError
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+before = peak()
+try:
+    GGUFCheckpoint(sys.argv[1])
+except TwinformersError as error:
+    print(peak() - before >> 10, str(error).splitlines()[0])
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="the system does not tell the peak of memory"
+)
+def test_worst_header_costs_less_than_256_mb(tmp_path):
+    """As many strings as may be, each with a character that makes all of it four bytes wide."""
+    count = (3 << 19) - 1
+    wide = struct.pack("<Q", 9) + "abcde\U0001f642".encode()
+    content = build([pair("k", 9, struct.pack("<IQ", 8, count) + wide * count)])
+    assert 24 << 20 < len(content) < 32 << 20
+    (path := tmp_path / "m.gguf").write_bytes(content)
+    run = subprocess.run([sys.executable, "-c", MEASURE, path], capture_output=True, text=True, check=True)
+    used, _, message = run.stdout.partition(" ")
+    assert "not implemented" in message
+    assert 100 < int(used) < 256
+
+
 def test_missing_file_is_refused(tmp_path):
-    with pytest.raises(SourceError, match="cannot open"):
+    with pytest.raises(FormatError, match="does not exist"):
         GGUFCheckpoint(tmp_path / "no.gguf")
 
 
@@ -484,6 +544,25 @@ def test_broken_tokenizer_names_the_field(field):
     with pytest.raises(FormatError) as caught:
         tokenizer_assets(metadata, "m.gguf")
     assert caught.value.where == f"m.gguf: tokenizer.ggml.{field}"
+
+
+@pytest.mark.parametrize("case", ["long", "many"])
+def test_tokens_with_too_many_ways_to_be_made_are_refused(case, monkeypatch):
+    tokens = ["a" * n for n in range(1, 257 if case == "many" else 258)]
+    monkeypatch.setattr("twinformers.checkpoints.gguf_tokenizer.MAX_MERGES", 20_000)
+    metadata = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.0] * len(tokens)}
+    metadata["tokenizer.ggml.tokens"] = tokens
+    with pytest.raises(FormatError, match="more ways") as caught:
+        tokenizer_assets(metadata, "m.gguf")
+    assert caught.value.where == "m.gguf: tokenizer.ggml.tokens"
+
+
+def test_more_added_tokens_than_any_model_are_refused():
+    _, metadata = train_byte_level("gpt-2")
+    tokens = [*metadata["tokenizer.ggml.tokens"], *(f"<{i}>" for i in range(1 << 14))]
+    metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [4] * len(tokens)}
+    with pytest.raises(FormatError, match="special or user-defined"):
+        tokenizer_assets(metadata, "m.gguf")
 
 
 def test_merges_outside_the_vocabulary_are_refused():

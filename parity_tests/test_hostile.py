@@ -32,7 +32,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
     whole(root)
     # What is imported on first use is not part of a file's cost.
-    #assert run(["port", str(root / "pickle"), str(root.parent / "warm"), "--to", "torch", "--overwrite"]) == 0
+    assert run(["port", str(root / "pickle"), str(root.parent / "warm"), "--to", "torch", "--overwrite"]) == 0
     return root
 
 

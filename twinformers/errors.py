@@ -15,12 +15,18 @@ class TwinformersError(Exception):
     """
 
     def __init__(self, problem: str, *, where: str = "", expected: str = "", found: str = "", hint: str = ""):
+        # What a foreign file says may have no end.
+        problem, where, expected, found = map(_clipped, (problem, where, expected, found))
         self.problem, self.where, self.expected, self.found, self.hint = problem, where, expected, found, hint
         lines = [f"{where}: {problem}" if where else problem]
         lines += [f"  expected: {expected}"] if expected else []
         lines += [f"  found:    {found}"] if found else []
         lines += [f"  to do:    {hint}"] if hint else []
         super().__init__("\n".join(lines))
+
+
+def _clipped(text: str, most: int = 800) -> str:
+    return text if len(text) <= most else f"{text[: most - 200]} ... {text[-190:]}"
 
 
 def first_line(error: BaseException) -> str:
@@ -42,6 +48,10 @@ class ConfigError(TwinformersError):
 
 class WeightsError(TwinformersError):
     """A tensor is missing, left over, duplicated or of the wrong shape or dtype."""
+
+
+class IntegrityError(TwinformersError):
+    """A file is not the one that was written: its checksum differs, or it is missing or was added."""
 
 
 class DestinationError(TwinformersError):

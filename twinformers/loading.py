@@ -53,13 +53,16 @@ def find_device(framework: str, name: Any) -> Any:
     )
 
 
-def load(source: Source, framework: str, dtype: str = "float32", device: Any = None) -> Any:
+def load(
+    source: Source, framework: str, dtype: str = "float32", device: Any = None, *, check: bool = False
+) -> Any:
     """The model of a source as a module: an `nnx.Module` for "jax", a `torch.nn.Module` for "torch".
 
     Call it as `logits, cache = model(tokens, positions)`. `dtype` is one of float64, float32, bfloat16,
-    float16; `device` is a device of that framework or its name (default: its own default). Raises UsageError
-    for an unknown framework, dtype or device and for float64 in JAX without x64, MissingDependency where the
-    framework is not installed, and the errors of the source.
+    float16; `device` is a device of that framework or its name (default: its own default); `check` compares
+    the files with their checksums first. Raises UsageError for an unknown framework, dtype or device and for
+    float64 in JAX without x64, MissingDependency where the framework is not installed, and the errors of the
+    source.
     """
     if framework not in FRAMEWORKS:
         raise UsageError(
@@ -74,7 +77,7 @@ def load(source: Source, framework: str, dtype: str = "float32", device: Any = N
         ) from None
     build = _load_jax if framework == "jax" else _load_torch
     device = find_device(framework, device)
-    with opened(source) as checkpoint:
+    with opened(source, check=check) as checkpoint:
         return build(checkpoint, dtype, device)
 
 

@@ -52,12 +52,14 @@ class TensorInfo:
 class Checkpoint(ABC):
     """An opened source of weights. Opening reads headers only.
 
-    `format` names the storage ("hf", "gguf", "meta", "torch", "jax", "preset"), `side` the column of the
-    weight map whose names and layouts the tensors have (all of these but "preset").
+    `format` names the storage ("hf", "gguf", "meta", "flax", "torch", "jax", "preset"), `side` the column of
+    the weight map whose names and layouts the tensors have (all of these but "preset"). `revision` is the
+    commit of a hub's repository, and empty for what is local.
     """
 
     format: str
     side: str
+    revision: str = ""
 
     def __init__(self, source: str, config: Config):
         self.source = source

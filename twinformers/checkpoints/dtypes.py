@@ -1,14 +1,20 @@
-"""The float types of checkpoints by name, and casting between them."""
+"""The float types of checkpoints by name, casting between them, and what is lost by it."""
 
 from __future__ import annotations
 
 import logging
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from twinformers.errors import UsageError
+from twinformers.checkpoints.layout import contiguous, empty, pieces
+from twinformers.errors import UsageError, WeightsError
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from twinformers.checkpoints.safetensors_io import Entry
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +60,155 @@ def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
     target = numpy_dtype(dtype)
     if array.dtype == target:
         return array
-    with np.errstate(over="ignore"):
-        result = array.astype(target)
-    if target.itemsize < array.dtype.itemsize or dtype == "float16":
+    result = _cast(array, target)
+    if not _holds(target, array.dtype):
         lost = int(np.count_nonzero(np.isinf(result)) - np.count_nonzero(np.isinf(array)))
         if lost:
-            log.warning("%s: %d values are too large for %s and became infinite", name, lost, dtype)
+            _warn_overflow(name, lost, dtype)
     return result
+
+
+def _cast(array: np.ndarray, target: np.dtype) -> np.ndarray:
+    import numpy as np
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        return array.astype(target)
+
+
+def _holds(target: np.dtype, source: np.dtype) -> bool:
+    """Whether every value of the source's type is one of the target's."""
+    import ml_dtypes
+
+    ours, theirs = ml_dtypes.finfo(target), ml_dtypes.finfo(source)
+    return ours.nexp >= theirs.nexp and ours.nmant >= theirs.nmant
+
+
+def _warn_overflow(name: str, count: int, dtype: str) -> None:
+    log.warning("%s: %d values are too large for %s and became infinite", name, count, dtype)
+
+
+@dataclass
+class Loss:
+    """What a dtype could not hold: the largest relative error and its tensor, and what has none.
+
+    `overflows` counts finite values that became infinite, `zeros` those that became zero.
+    """
+
+    relative: float = 0.0
+    tensor: str = ""
+    overflows: int = 0
+    zeros: int = 0
+
+
+class Ledger:
+    """Hands tensors to writers in pieces, and keeps account of what is in them and of what casting loses.
+
+    A NaN or an infinity is warned of once for each tensor, and with `strict` refused. `losses` is by the name
+    of the dtype, for those that did not hold what they were given. All of it runs over pieces small enough
+    for the processor's cache, so that it takes no memory and less time than a checksum.
+    """
+
+    def __init__(self, strict: bool = False):
+        self.strict = strict
+        self.losses: dict[str, Loss] = {}
+
+    def pieces(self, entry: Entry) -> Iterator[np.ndarray]:
+        """The tensor in its dtype and in row-major order, flat, a few megabytes at a time.
+
+        Raises WeightsError for what is not finite, if that is refused, and for a tensor of another shape.
+        """
+        return self._pieces(entry, self._raw(entry))
+
+    def array(self, entry: Entry) -> np.ndarray:
+        """The whole tensor in its dtype, contiguous."""
+        raw, target = self._raw(entry), numpy_dtype(entry.dtype)
+        if raw.dtype == target:
+            result = contiguous(raw)
+            deque(self._pieces(entry, result), maxlen=0)  # they are looked at
+            return result
+        result = empty(entry.shape, target)
+        flat, filled = result.reshape(-1), 0
+        for piece in self._pieces(entry, raw):
+            flat[filled : filled + piece.size] = piece
+            filled += piece.size
+        return result
+
+    def _pieces(self, entry: Entry, array: np.ndarray) -> Iterator[np.ndarray]:
+        target, overflows = numpy_dtype(entry.dtype), 0
+        nans = infinities = 0
+        for piece in pieces(array):
+            found = _not_finite(piece)
+            nans, infinities = nans + found[0], infinities + found[1]
+            if piece.dtype == target:
+                yield piece
+                continue
+            result = _cast(piece, target)
+            if not _holds(target, piece.dtype):
+                overflows += self._account(entry, piece, result)
+            yield result
+        if overflows:
+            _warn_overflow(entry.name, overflows, entry.dtype)
+        if nans or infinities:
+            if self.strict:
+                raise WeightsError(
+                    "a weight is not finite",
+                    where=entry.name,
+                    expected="finite values only, as --strict asks",
+                    found=f"{nans} NaN, {infinities} infinite",
+                    hint="the checkpoint is damaged or its training diverged; port without --strict to keep it",
+                )
+            log.warning("%s: %d values are NaN, %d infinite", entry.name, nans, infinities)
+
+    def _raw(self, entry: Entry) -> np.ndarray:
+        array = entry.produce()
+        if array.shape != entry.shape:
+            raise WeightsError(
+                "a tensor is not what its header says",
+                where=entry.name,
+                expected=str(list(entry.shape)),
+                found=str(list(array.shape)),
+            )
+        return array
+
+    def _account(self, entry: Entry, before: np.ndarray, after: np.ndarray) -> int:
+        import numpy as np
+
+        loss = self.losses.setdefault(entry.dtype, Loss())
+        wide = np.promote_types(before.dtype, np.float32) if before.dtype.kind == "f" else np.float32
+        overflows = 0
+        for start in range(0, before.size, _CACHED):
+            old = before[start : start + _CACHED].astype(wide)
+            new = after[start : start + _CACHED].astype(wide)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                error = np.abs(new - old) / np.abs(old)
+            for lost in (gone := np.isinf(new) & np.isfinite(old), zero := (new == 0) & (old != 0)):
+                error[lost] = 0
+            overflows += int(np.count_nonzero(gone))
+            loss.zeros += int(np.count_nonzero(zero))
+            worst = float(np.fmax.reduce(error, initial=0))  # passes over NaN
+            if worst > loss.relative:
+                loss.relative, loss.tensor = worst, entry.name
+        loss.overflows += overflows
+        return overflows
+
+
+#: Elements that are looked at at a time: with what is made of them, they stay in the processor's cache.
+_CACHED = 1 << 16
+
+
+def _not_finite(flat: np.ndarray) -> tuple[int, int]:
+    """How many NaN and infinite values there are, by their bits."""
+    import numpy as np
+
+    bits = flat.view(f"u{flat.itemsize}")
+    infinity = np.array(np.inf, flat.dtype).view(bits.dtype)
+    sign = bits.dtype.type(1 << (8 * flat.itemsize - 1))
+    nans = infinities = 0
+    scratch = np.empty(min(_CACHED, bits.size), bits.dtype)
+    for start in range(0, bits.size, _CACHED):
+        part = bits[start : start + _CACHED]
+        magnitude = np.bitwise_and(part, ~sign, out=scratch[: part.size])
+        if magnitude.max() >= infinity:
+            nans += int(np.count_nonzero(magnitude > infinity))
+            infinities += int(np.count_nonzero(magnitude == infinity))
+    return nans, infinities

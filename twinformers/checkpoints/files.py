@@ -25,6 +25,8 @@ def open_file(path: Path | str, folder: Path | None = None) -> BinaryIO:
     With `folder`, the file that a link leads to must lie in it (or where a hub's cache keeps it). Raises
     FormatError for what does not exist, is no regular file (which is never waited for) or lies elsewhere.
     """
+    if "\0" in str(path):
+        raise FormatError("no file has such a name", where=str(path), found="a NUL in it")
     if folder is not None:
         _check_inside(Path(path), folder)
     try:
@@ -36,8 +38,6 @@ def open_file(path: Path | str, folder: Path | None = None) -> BinaryIO:
         if error.errno == errno.ENXIO:  # a socket
             raise _not_regular(path, "a socket") from None
         raise FormatError("the file cannot be read", where=str(path), found=str(error.strerror)) from None
-    except ValueError as error:  # a NUL in the name
-        raise FormatError("the file cannot be read", where=str(path), found=str(error)) from None
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):
         os.close(handle)

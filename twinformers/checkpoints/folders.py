@@ -9,20 +9,27 @@ our module names, a jax folder an Orbax checkpoint in `params/` with our flat do
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from twinformers.checkpoints.base import ASSETS, Checkpoint, TensorInfo
 from twinformers.checkpoints.files import read_file, read_json
+from twinformers.checkpoints.msgpack import msgpack_spans
+from twinformers.checkpoints.pickles import pickle_spans
 from twinformers.checkpoints.safetensors_io import SafetensorsFiles
+from twinformers.checkpoints.spans import SpanFiles
 from twinformers.configs import config_from_hf
 from twinformers.errors import FormatError, SourceError
 
 if TYPE_CHECKING:
     import numpy as np
+
+log = logging.getLogger(__name__)
 
 MARKER = "twinformers.json"
 VERSION = 1
@@ -54,53 +61,76 @@ class FolderCheckpoint(Checkpoint):
         return [str(self.folder)]
 
 
-class SafetensorsFolder(FolderCheckpoint):
-    """A folder with one safetensors file, or an index and its shards."""
+class TensorFiles(Protocol):
+    """Several files of one format read as one."""
 
-    def __init__(self, source: str, folder: Path, *, side: str):
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def files(self) -> Sequence[Path]: ...
+    def read(self, name: str) -> np.ndarray: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way of storing a folder's tensors: in one file, or in shards that an index lists."""
+
+    single: str
+    index: str
+    side: str
+    open: Callable[[list[Path], Path | None], TensorFiles]
+
+
+#: In the order in which transformers looks for them.
+KINDS = (
+    Kind(SINGLE, INDEX, "hf", lambda files, folder: SafetensorsFiles(files)),
+    Kind(
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "hf",
+        lambda files, folder: SpanFiles(files, pickle_spans, folder),
+    ),
+    Kind(
+        "flax_model.msgpack",
+        "flax_model.msgpack.index.json",
+        "flax",
+        lambda files, folder: SpanFiles(files, msgpack_spans, folder),
+    ),
+)
+
+
+class WeightsFolder(FolderCheckpoint):
+    """A folder with one file of weights, or an index and its shards: the first of `kinds` that it holds."""
+
+    def __init__(self, source: str, folder: Path, *, side: str = "", kinds: Sequence[Kind] = KINDS):
         super().__init__(source, folder)
-        self.format = self.side = side
-        index = folder / INDEX
-        self._listed: dict[str, str] | None = None
-        if index.exists():
-            self._listed = self._read_index(index)
-            paths = [folder / name for name in dict.fromkeys(self._listed.values())]
-        elif (folder / SINGLE).exists():
-            paths = [folder / SINGLE]
-        else:
+        found = [k for k in kinds if (folder / k.single).exists() or (folder / k.index).exists()]
+        if not found:
             raise SourceError(
                 "no weights in the folder",
                 where=str(folder),
-                expected=f"{SINGLE} or {INDEX}",
+                expected=" or ".join(f"{k.single} or {k.index}" for k in kinds),
                 found=", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing",
             )
-        self._files = SafetensorsFiles(paths)
+        kind, *others = found
+        if others:
+            log.info("%s: reading %s as transformers does, not %s", folder, kind.single, others[0].single)
+        self.format = self.side = side or kind.side
+        single, index = folder / kind.single, folder / kind.index
+        self._listed = read_index(index) if index.exists() else None
+        names = [kind.single] if self._listed is None else list(dict.fromkeys(self._listed.values()))
+        self._files = kind.open([folder / name for name in names], folder)
         if self._listed is not None:
-            if (folder / SINGLE).exists() and folder / SINGLE not in paths:
+            if single.exists() and kind.single not in names:
                 raise FormatError(
                     "the folder holds two sets of weights",
-                    where=str(folder / SINGLE),
-                    expected=f"this file or {INDEX} with its shards",
+                    where=str(single),
+                    expected=f"this file or {kind.index} with its shards",
                     found="both",
                     hint="remove the one that is out of date; transformers would read this file",
                 )
             self._compare_with_index(index, self._listed)
-
-    @staticmethod
-    def _read_index(path: Path) -> dict[str, str]:
-        listed = read_json(path, path.parent, unique=True).get("weight_map")
-        if not isinstance(listed, dict) or not listed:
-            raise FormatError("the index lists no tensors", where=f"{path}: weight_map")
-        for name, file in listed.items():
-            # An index is foreign input: it may name files of its own folder and nothing else.
-            if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-                raise FormatError(
-                    "the index points out of its folder",
-                    where=f"{path}: weight_map[{name!r}]",
-                    expected="the plain name of a file beside the index",
-                    found=repr(file),
-                )
-        return listed
 
     def _compare_with_index(self, path: Path, listed: Mapping[str, str]) -> None:
         actual = {name: Path(info.file).name for name, info in self._files.tensors.items()}
@@ -130,6 +160,23 @@ class SafetensorsFolder(FolderCheckpoint):
         self._files.close()
 
 
+def read_index(path: Path) -> dict[str, str]:
+    """Which shard holds which tensor. Raises FormatError for an index that names what is not beside it."""
+    listed = read_json(path, path.parent, unique=True).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise FormatError("the index lists no tensors", where=f"{path}: weight_map")
+    for name, file in listed.items():
+        # An index is foreign input: it may name files of its own folder and nothing else.
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise FormatError(
+                "the index points out of its folder",
+                where=f"{path}: weight_map[{name!r}]",
+                expected="the plain name of a file beside the index",
+                found=repr(file),
+            )
+    return listed
+
+
 def open_folder(source: str, folder: Path) -> Checkpoint:
     """Open a folder by what lies in it: a twin's marker, Hugging Face's config.json or Meta's params.json."""
     marker = folder / MARKER
@@ -145,7 +192,7 @@ def open_folder(source: str, folder: Path) -> Checkpoint:
             )
         checkpoint: FolderCheckpoint
         if found["format"] == "torch":
-            checkpoint = SafetensorsFolder(source, folder, side="torch")
+            checkpoint = WeightsFolder(source, folder, side="torch", kinds=KINDS[:1])
         else:
             from twinformers.checkpoints.orbax import OrbaxFolder
 
@@ -159,7 +206,7 @@ def open_folder(source: str, folder: Path) -> Checkpoint:
             )
         return checkpoint
     if (folder / "config.json").exists():
-        return SafetensorsFolder(source, folder, side="hf")
+        return WeightsFolder(source, folder)
     if (folder / "params.json").exists():
         from twinformers.checkpoints.meta import MetaFolder
 
@@ -167,6 +214,6 @@ def open_folder(source: str, folder: Path) -> Checkpoint:
     raise SourceError(
         "the folder is no checkpoint",
         where=str(folder),
-        expected=f"config.json with safetensors, params.json with consolidated.NN.pth, or {MARKER}",
+        expected=f"config.json with weights, params.json with consolidated.NN.pth, or {MARKER}",
         found=", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing",
     )

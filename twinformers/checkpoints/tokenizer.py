@@ -40,7 +40,8 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 class Tokenizer:
     """A tokenizer.json with the ids and the chat template of the files beside it.
 
-    `bos_id` and `pad_id` are None, `eos_ids` empty, where no file names them.
+    `bos_id` and `pad_id` are None, `eos_ids` empty, where no file names them. `named` holds the special
+    tokens by what the files call them ("bos_token"), `template` the chat template.
     """
 
     def __init__(
@@ -51,17 +52,17 @@ class Tokenizer:
         template: str | None,
         where: str,
     ):
-        self._backend, self._template, self._where = backend, template, where
+        self._backend, self.template, self._where = backend, template, where
         backend.no_truncation()
         backend.no_padding()
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self._named = {name: _content(config[name]) for name in _NAMED if config.get(name)}
+        self.named = {name: _content(config[name]) for name in _NAMED if config.get(name)}
         self._special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
 
         def ids(name: str) -> tuple[int, ...]:
             found = generation.get(f"{name}_token_id")
-            if found is None and f"{name}_token" in self._named:
-                found = backend.token_to_id(self._named[f"{name}_token"])
+            if found is None and f"{name}_token" in self.named:
+                found = backend.token_to_id(self.named[f"{name}_token"])
             values = found if isinstance(found, list) else [] if found is None else [found]
             if not all(isinstance(i, int) and i >= 0 for i in values):
                 raise FormatError("not a token id", where=f"{where}: {name}_token_id", found=repr(found))
@@ -97,7 +98,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template is not None
+        return self.template is not None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The ids of a text; `special` adds what the model expects around it (often a BOS token)."""
@@ -142,7 +143,7 @@ class Tokenizer:
         Raises SourceError where there is no template, FormatError where it fails, refuses the messages, or
         takes too much time or memory.
         """
-        if self._template is None:
+        if self.template is None:
             raise SourceError(
                 "there is no chat template",
                 where=self._where,
@@ -150,13 +151,13 @@ class Tokenizer:
                 hint="use an instruction-tuned model, or give plain text",
             )
         variables = {
-            **self._named,
+            **self.named,
             "messages": [dict(message) for message in messages],
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        return _render(self._template, variables, f"{self._where}: chat_template")
+        return _render(self.template, variables, f"{self._where}: chat_template")
 
 
 def _object(assets: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:

@@ -36,30 +36,38 @@ def list_(json: Json = False) -> None:
 
 
 @app.command(epilog="Example: twinformers inspect demo")
-def inspect(source: Source, json: Json = False) -> None:
+def inspect(
+    source: Source,
+    check: Annotated[bool, typer.Option("--check", help="Read every file and compare its checksum.")] = False,
+    json: Json = False,
+) -> None:
     """Show format, configuration, parameters and tensors of a source; reads headers only."""
     from twinformers.cli import inspect as verb
 
-    verb.run(source, json=json)
+    verb.run(source, check=check, json=json)
 
 
 @app.command(epilog="Example: twinformers port demo ./smollm2-jax --to jax --dtype bfloat16")
 def port(
     source: Source,
-    dest: Annotated[Path, typer.Argument(help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="hf, torch or jax.")],
+    dest: Annotated[Path, typer.Argument(help="The folder to write, or NAME.gguf.")],
+    to: Annotated[str, typer.Option(help="hf, torch, jax or gguf.")],
     dtype: Annotated[str, typer.Option(help="keep, float64, float32, bfloat16 or float16.")] = "keep",
     kv_heads: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(help="Pool the key and value heads to this many (grouped-query attention)."),
     ] = None,
+    shard_size: Annotated[str, typer.Option(help="The most bytes in a file: 5GB, 500MB.")] = "5GB",
+    check: Annotated[bool, typer.Option("--check", help="Compare the source's checksums first.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse NaN and infinite weights.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
     json: Json = False,
 ) -> None:
-    """Write a source as a Hugging Face, PyTorch or Flax folder."""
+    """Write a source as a Hugging Face, PyTorch or Flax folder, or as a GGUF file."""
     from twinformers.cli import port as verb
 
-    verb.run(source, dest, to=to, dtype=dtype, kv_heads=kv_heads, overwrite=overwrite, json=json)
+    options = {"dtype": dtype, "kv_heads": kv_heads, "check": check, "strict": strict, "overwrite": overwrite}
+    verb.run(source, dest, to=to, shard_size=shard_size, options=options, json=json)
 
 
 @app.command(epilog='Example: twinformers generate demo --framework both --chat --prompt "Who are you?"')

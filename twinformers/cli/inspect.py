@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from twinformers.checkpoints import open_checkpoint
-from twinformers.cli.output import console, print_json
+from pathlib import Path
+from typing import Any
+
+from twinformers.checkpoints import manifest, open_checkpoint
+from twinformers.cli.output import bytes_to, console, print_json, progress
 from twinformers.weight_maps import weight_map
 
 
-def run(source: str, *, json: bool) -> None:
-    with open_checkpoint(source) as checkpoint:
+def run(source: str, *, check: bool, json: bool) -> None:
+    with progress("checking", json=json or not check) as bar:
+        opening = open_checkpoint(source, check=check, on_bytes=bytes_to(bar))
+    with opening as checkpoint:
         table = weight_map(checkpoint.config)
         table.check(checkpoint.side, checkpoint.tensors, checkpoint.source)
         dtypes: dict[str, int] = {}
         for info in checkpoint.tensors.values():
             dtypes[info.dtype] = dtypes.get(info.dtype, 0) + 1
-        facts = {
+        facts: dict[str, Any] = {
             "source": source,
             "format": checkpoint.format,
             "architecture": checkpoint.config.architecture,
@@ -26,6 +31,8 @@ def run(source: str, *, json: bool) -> None:
                 {"name": n, "shape": list(t.shape), "dtype": t.dtype} for n, t in checkpoint.tensors.items()
             ],
         }
+        if check:  # or an error said what differs
+            facts["checked"] = len(manifest.read(Path(checkpoint.files[0])))
     if json:
         print_json(facts)
         return
@@ -42,6 +49,8 @@ def run(source: str, *, json: bool) -> None:
     for key, value in checkpoint.config.to_dict().items():
         summary.add_row(key, str(value))
     summary.add_row("files carried", ", ".join(sorted(checkpoint.assets)) or "none")
+    if check:
+        summary.add_row("checksums", f"all {facts['checked']} agree")
     out.print(summary)
     tensors = Table("tensor", "shape", "dtype")
     for name, info in checkpoint.tensors.items():

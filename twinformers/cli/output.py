@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 
@@ -27,6 +28,11 @@ def progress(description: str, *, json: bool) -> Any:
     bar = Progress(console=Console(stderr=True), transient=True, disable=json or not sys.stderr.isatty())
     bar.add_task(description, total=None)
     return bar
+
+
+def bytes_to(bar: Any) -> Callable[[int, int], None]:
+    """Shows on a progress bar how far the reading of checksums is."""
+    return lambda done, total: bar.update(bar.task_ids[0], completed=done, total=total)
 
 
 def size(count: float) -> str:

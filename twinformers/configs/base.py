@@ -66,8 +66,9 @@ class Config:
 
     Class attributes that a subclass sets: `architecture` (the stem that names its files), `model_class`
     (the class in both framework's files), `hf_class` (in transformers), `HF_DEFAULTS` (what config.json
-    may omit), `HF_FIXED` (fields for which the code implements one value only), `GGUF_FIELDS`, `kind`
-    (which call contract holds: "causal" or "encoder-decoder").
+    may omit), `HF_FIXED` (fields for which the code implements one value only), `GGUF_FIELDS` (the field
+    by each of GGUF's keys, less the architecture's prefix), `kind` (which call contract holds: "causal" or
+    "encoder-decoder").
     """
 
     architecture: ClassVar[str]
@@ -77,6 +78,7 @@ class Config:
     kind: ClassVar[str] = "causal"
     HF_DEFAULTS: ClassVar[Mapping[str, Any]] = {}
     HF_FIXED: ClassVar[Mapping[str, Any]] = {}
+    GGUF_FIELDS: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self):
         hints = get_type_hints(type(self), include_extras=True)
@@ -183,6 +185,20 @@ class Config:
     ) -> C:
         """Read the hyper-parameters from GGUF metadata. Raises ConfigError by key."""
         raise ConfigError("this architecture has no GGUF reader", where=where, found=cls.architecture)
+
+    def to_gguf(self) -> dict[str, Any]:
+        """The hyper-parameters as GGUF's metadata; `from_gguf` inverts it, but for float32's rounding.
+
+        Raises ConfigError for an architecture or a value that GGUF does not know.
+        """
+        if not self.GGUF_FIELDS:
+            raise ConfigError(
+                "this architecture has no form in GGUF",
+                where="general.architecture",
+                found=self.architecture,
+                hint="write another format",
+            )
+        return {f"{self.architecture}.{key}": getattr(self, name) for key, name in self.GGUF_FIELDS.items()}
 
 
 def located(error: ConfigError, where: str) -> ConfigError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -76,6 +76,19 @@ class LlamaConfig(Config):
         "mlp_bias": False,
         "attention_dropout": 0.0,
         "rope_interleaved": False,
+    }
+    GGUF_FIELDS: ClassVar[Mapping[str, str]] = {
+        "context_length": "max_position_embeddings",
+        "embedding_length": "hidden_size",
+        "block_count": "num_hidden_layers",
+        "feed_forward_length": "intermediate_size",
+        "attention.head_count": "num_attention_heads",
+        "attention.head_count_kv": "num_key_value_heads",
+        "attention.key_length": "head_dim",
+        "attention.value_length": "head_dim",
+        "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+        "rope.freq_base": "rope_theta",
+        "rope.dimension_count": "head_dim",
     }
 
     def validate(self) -> None:
@@ -192,32 +205,52 @@ class LlamaConfig(Config):
                     scaling = RopeScaling(rope_type="linear", factor=metadata["llama.rope.scale_linear"])
             case kind:
                 scaling = RopeScaling(rope_type=kind, factor=get("rope.scaling.factor"))
-        values = dict(
+        defaults = {
+            "num_key_value_heads": heads,
+            "head_dim": _divide(hidden, heads),
+            "rope_theta": cls.ROPE_THETA_DEFAULT,
+        }
+        values: dict[str, Any] = {}
+        for key, name in cls.GGUF_FIELDS.items():
+            value = get(key, values.get(name, defaults.get(name)))
+            if values.setdefault(name, value) != value:
+                raise ConfigError(
+                    "the keys and values of a head, and what is rotated of it, must have one length",
+                    where=f"{where}: llama.{key}",
+                    expected=repr(values[name])[:200],
+                    found=repr(value)[:200],
+                )
+        config = cls(
+            **values,
             vocab_size=tensors["token_embd.weight"].shape[0],
-            hidden_size=hidden,
-            intermediate_size=get("feed_forward_length"),
-            num_hidden_layers=get("block_count"),
-            num_attention_heads=heads,
-            num_key_value_heads=get("attention.head_count_kv", heads),
-            head_dim=get("attention.key_length", _divide(hidden, heads)),
-            rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
-            rope_theta=get("rope.freq_base", cls.ROPE_THETA_DEFAULT),
             rope_scaling=scaling,
-            max_position_embeddings=get("context_length"),
             tie_word_embeddings="output.weight" not in tensors,
-        )
-        turned = get("rope.dimension_count", values["head_dim"])
-        if turned != values["head_dim"]:
-            raise ConfigError(
-                "only a part of each head would be rotated",
-                where=f"{where}: llama.rope.dimension_count",
-                expected=str(values["head_dim"]),
-                found=str(turned),
-            )
-        config = cls(**values)  # validated before anything is computed from it
-        if "rope_freqs.weight" not in tensors:
+        )  # validated before anything is computed from it
+        if (divisors := tensors.get("rope_freqs.weight")) is None:
             return config
-        return config.replace(rope_scaling=_llama3_scaling(config, read("rope_freqs.weight"), where))
+        if divisors.size != config.head_dim // 2:  # the size is known before they are read
+            raise _no_llama3(config, where, f"{divisors.size} divisors")
+        original = get("rope.scaling.original_context_length", _ORIGINAL)
+        given = [float(d) for d in read("rope_freqs.weight").reshape(-1)]
+        return config.replace(rope_scaling=_llama3_scaling(config, given, original, where))
+
+    def to_gguf(self) -> dict[str, Any]:
+        """GGUF's `llama.*` keys. Of llama3 scaling, the weight map writes the divisors that it amounts to."""
+        raw = {**super().to_gguf(), "llama.vocab_size": self.vocab_size}
+        if (scaling := self.rope_scaling) is None:
+            return raw
+        if scaling.rope_type == "linear":
+            return raw | {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": scaling.factor}
+        original = scaling.original_max_position_embeddings
+        # Refuses what it could not read back.
+        _llama3_scaling(self, self.rotary_divisors, original, "rope_scaling")
+        return raw | {"llama.rope.scaling.original_context_length": original}
+
+    @property
+    def rotary_divisors(self) -> tuple[float, ...]:
+        """By how much scaling divides each of the head_dim/2 frequencies."""
+        plain = rotary_frequencies(self.head_dim, self.rope_theta, None)
+        return tuple(p / s for p, s in zip(plain, self.rotary_frequencies, strict=True))
 
     @classmethod
     def from_meta(cls, params: Mapping[str, Any], tensors: Mapping[str, Any], tied: bool) -> LlamaConfig:
@@ -298,31 +331,36 @@ def _divide(hidden: Any, heads: Any) -> int:
     return hidden // heads
 
 
-def _llama3_scaling(config: LlamaConfig, divisors: Any, where: str) -> RopeScaling:
+#: The length for which every released Llama 3 was made before its frequencies were scaled.
+_ORIGINAL = 8192
+
+
+def _llama3_scaling(config: LlamaConfig, given: Sequence[float], original: Any, where: str) -> RopeScaling:
     """GGUF stores Llama 3.1's scaling as the divisors it amounts to: find the parameters that give them.
 
-    Every released model has bands of 1 and 4 on 8192 positions; only the factor differs. Anything else is
-    refused, since a wrong guess would shift the angles silently.
+    Every released model has bands of 1 and 4; only the factor differs. Anything else is refused, since a
+    wrong guess would shift the angles silently.
     """
-    given = [float(d) for d in divisors.reshape(-1)]
-    found = f"{len(given)} divisors"
-    if len(given) == config.head_dim // 2 and all(is_number(d) for d in given):
-        scaling = _llama3(max(given))
-        plain = rotary_frequencies(config.head_dim, config.rope_theta, None)
-        scaled = rotary_frequencies(config.head_dim, config.rope_theta, scaling)
-        worst = max(abs(d * s / p - 1.0) for d, s, p in zip(given, scaled, plain, strict=True))
-        if worst <= 1e-5:  # the divisors are float32, computed in float32
-            return scaling
-        found += f", off by up to {worst:.1e}"
-    raise ConfigError(
-        "the rotary divisors are not those of a released Llama 3 model",
+    if not all(is_number(d) for d in given):
+        raise _no_llama3(config, where, "numbers beyond the range of a divisor")
+    scaling = _llama3(max(given), original)
+    expected = config.replace(rope_scaling=scaling).rotary_divisors
+    worst = max(abs(d / e - 1.0) for d, e in zip(given, expected, strict=True))
+    if worst > 1e-5:  # the divisors are float32, computed in float32
+        raise _no_llama3(config, where, f"divisors that are off by up to {worst:.1e}")
+    return scaling
+
+
+def _no_llama3(config: LlamaConfig, where: str, found: str) -> ConfigError:
+    return ConfigError(
+        "the rotary divisors are not those of a Llama 3 model",
         where=f"{where}: rope_freqs.weight",
-        expected=f"{config.head_dim // 2} divisors of llama3 scaling with bands 1 and 4 on 8192 positions",
+        expected=f"{config.head_dim // 2} divisors of llama3 scaling with bands 1 and 4",
         found=found,
     )
 
 
-def _llama3(factor: float, original: int = 8192) -> RopeScaling:
+def _llama3(factor: float, original: int = _ORIGINAL) -> RopeScaling:
     return RopeScaling(
         rope_type="llama3",
         factor=factor,

@@ -9,14 +9,15 @@ Where one side stores several of our parameters in one tensor, brackets list the
 which one it is: with `([N H | K H | K H]) D`, the queries', keys' and values' rows lie below each other.
 Such a tensor is cut where it is read and packed where it is written.
 
-Sides: `hf` (Hugging Face), `gguf`, `meta` (LLaMA as Meta publishes it), `torch` and `jax` (the twins).
+Sides: `hf` (Hugging Face), `gguf`, `meta` (LLaMA as Meta publishes it), `flax` (transformers 4's Flax
+models), `torch` and `jax` (the twins).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from twinformers.checkpoints.base import TensorInfo
 
-SIDES = ("hf", "gguf", "meta", "torch", "jax")
+SIDES = ("hf", "gguf", "meta", "flax", "torch", "jax")
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,24 @@ def Fixed(path: str, axes: str, **places: There) -> Row:
     return replace(
         row, places={s: replace(p, name=p.name.rstrip(".")) for s, p in row.places.items()}, trains=False
     )
+
+
+def with_flax(rows: Iterable[Row | Tied | Buffer], **kept: str) -> tuple[Row | Tied | Buffer, ...]:
+    """The rows with a side "flax": the parameters of this model's Flax class in transformers 4.
+
+    They have Hugging Face's names joined by "/", and a `weight` is called and laid out as Flax does: `kernel`
+    [in, out], `embedding` or `scale`. `kept` says what a class called one of these three instead.
+    """
+    return tuple(_with_flax(row, kept) if isinstance(row, Row) else row for row in rows)
+
+
+def _with_flax(row: Row, kept: Mapping[str, str]) -> Row:
+    hf, leaf = row.places["hf"], row.places["jax"].name.rpartition(".")[2]
+    *path, last = hf.name.split(".")
+    if last == "weight":
+        last = kept.get(leaf, leaf)
+    axes = " ".join(reversed(_groups(hf.axes))) if leaf == "kernel" else hf.axes
+    return replace(row, places={**row.places, "flax": Place("/".join((*path, last)), axes)})
 
 
 @dataclass(frozen=True)
@@ -249,6 +268,12 @@ class WeightMap:
                     )
             self._cache[side] = result
         return self._cache[side]
+
+    @property
+    def sides(self) -> list[str]:
+        """The sides that this model has all of."""
+        rows = [r for r in self.rows if isinstance(r, Row)]
+        return [side for side in SIDES if all(side in r.places for r in rows)]
 
     def leaves(self, side: str) -> dict[str, Leaf]:
         """Every tensor of a side that fuses none, such as the twins': by its name, its one parameter."""

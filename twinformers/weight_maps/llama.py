@@ -7,8 +7,13 @@ the two members of a pair and `h` the pairs, that is "(N h r)" against "(N r h)"
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from twinformers.configs.llama import LlamaConfig
-from twinformers.weight_maps.base import Buffer, Embedding, Linear, Norm, Row, Tied, WeightMap
+from twinformers.weight_maps.base import Buffer, Embedding, Linear, Norm, Row, Tied, WeightMap, with_flax
+
+if TYPE_CHECKING:
+    import numpy as np
 
 HF = "model.layers.{i}"
 GGUF = "blk.{i}"
@@ -98,8 +103,21 @@ MODULES = {"layers.{i}": HF, "layers.{i}.attn": f"{HF}.self_attn", "layers.{i}.m
 
 def weight_map(config: LlamaConfig) -> WeightMap:
     """The table for one configuration: the letters are those of the design page, r = 2 and h = H/2."""
+
+    def divisors() -> np.ndarray:
+        import numpy as np
+
+        return np.array(config.rotary_divisors)
+
+    scaled = config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3"
+    rows = (
+        *ROWS,
+        TIED_HEAD if config.tie_word_embeddings else HEAD,
+        # llama.cpp knows no other way to say how Llama 3.1 scales its frequencies.
+        *([Buffer({"gguf": "rope_freqs.weight"}, divisors)] if scaled else []),
+    )
     return WeightMap(
-        rows=(*ROWS, TIED_HEAD if config.tie_word_embeddings else HEAD),
+        rows=with_flax(rows, scale="weight"),  # what transformers' Flax class called a norm's scale
         sizes={
             "V": config.vocab_size,
             "D": config.hidden_size,

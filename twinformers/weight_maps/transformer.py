@@ -23,6 +23,7 @@ from twinformers.weight_maps.base import (
     There,
     Tied,
     WeightMap,
+    with_flax,
 )
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ SOURCE, TARGET = "model.encoder.embed_tokens.weight", "model.decoder.embed_token
 #: Hugging Face's names of the table that source and target share, and of the output projection.
 SHARED = {"marian": "model.shared.weight", "fsmt": TARGET}
 HEAD = {"marian": "lm_head.weight", "fsmt": "model.decoder.output_projection.weight"}
+#: What had a Flax class in transformers 4; it knew one table for source and target, and computed positions.
+FLAX = ("marian",)
 
 #: Submodules that hold no parameter of their own, by our path and Hugging Face's.
 MODULES = {
@@ -131,6 +134,8 @@ def weight_map(config: TransformerConfig) -> WeightMap:
     rows = (*_tables(config), *LAYERS, *tables)
     if spelling.hf_class is None:
         rows = tuple(kept for row in rows if (kept := _without_hf(row)))
+    if config.model_type in FLAX and config.share_embeddings:
+        rows = with_flax(rows)
     modules = MODULES | (SHARED_MODULES if config.share_embeddings else {})
     return WeightMap(rows, _sizes(config), _counts(config), modules, spelling.absent)
 
