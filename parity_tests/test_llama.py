@@ -245,3 +245,17 @@ def test_ten_seeds_sample_the_same_text_from_real_weights():
         assert ours == theirs and len(ours) == 64
         texts.add(tuple(ours))
     assert len(texts) == 10
+
+
+@pytest.mark.parametrize("rows", [1, 2, 32, 33])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_matches_torch(rows, bias):
+    """Both orders of the product, at the row where one takes over from the other."""
+    from torch_models.layers import Linear
+
+    ours, theirs = Linear(7, 5, bias=bias), torch.nn.Linear(7, 5, bias=bias)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(rows, 1, 7)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-6, atol=1e-6)
+    assert ours(x).requires_grad and ours(x.detach()).shape == (rows, 1, 5)

@@ -15,6 +15,7 @@ from torch import nn
 
 from torch_models.layers import (
     KVCache,
+    Linear,
     at_least_float32,
     attend,
     attention_weights,
@@ -47,10 +48,10 @@ class SelfAttention(nn.Module):
         D, H = hidden_size, head_dim
         self.head_dim, self.causal, self.window = head_dim, causal, window
         # vs jax: a weight is [out, in], and initial values come from the global generator
-        self.q_proj = nn.Linear(D, H, bias=use_bias, dtype=dtype)
-        self.k_proj = nn.Linear(D, H, bias=use_bias, dtype=dtype)
-        self.v_proj = nn.Linear(D, H, bias=use_bias, dtype=dtype)
-        self.o_proj = nn.Linear(H, D, bias=use_bias, dtype=dtype)
+        self.q_proj = Linear(D, H, bias=use_bias, dtype=dtype)
+        self.k_proj = Linear(D, H, bias=use_bias, dtype=dtype)
+        self.v_proj = Linear(D, H, bias=use_bias, dtype=dtype)
+        self.o_proj = Linear(H, D, bias=use_bias, dtype=dtype)
 
     def weights(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """How much each token takes from each other one, at least float32. [B, T, D] -> [B, T, S]"""
@@ -84,10 +85,10 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         D, N, H = hidden_size, num_heads, head_dim
         self.head_dim, self.causal, self.window = head_dim, causal, window
-        self.q_proj = nn.Linear(D, N * H, bias=use_bias, dtype=dtype)
-        self.k_proj = nn.Linear(D, N * H, bias=use_bias, dtype=dtype)
-        self.v_proj = nn.Linear(D, N * H, bias=use_bias, dtype=dtype)
-        self.o_proj = nn.Linear(N * H, D, bias=use_bias, dtype=dtype)
+        self.q_proj = Linear(D, N * H, bias=use_bias, dtype=dtype)
+        self.k_proj = Linear(D, N * H, bias=use_bias, dtype=dtype)
+        self.v_proj = Linear(D, N * H, bias=use_bias, dtype=dtype)
+        self.o_proj = Linear(N * H, D, bias=use_bias, dtype=dtype)
 
     def weights(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """How much each token takes from each other one, per head. [B, T, D] -> [B, N, T, S]"""
@@ -126,10 +127,10 @@ class CachedMultiHeadAttention(nn.Module):
         super().__init__()
         D, N, H = hidden_size, num_heads, head_dim
         self.num_heads, self.head_dim, self.window = num_heads, head_dim, window
-        self.q_proj = nn.Linear(D, N * H, bias=use_bias, dtype=dtype)
-        self.k_proj = nn.Linear(D, N * H, bias=use_bias, dtype=dtype)
-        self.v_proj = nn.Linear(D, N * H, bias=use_bias, dtype=dtype)
-        self.o_proj = nn.Linear(N * H, D, bias=use_bias, dtype=dtype)
+        self.q_proj = Linear(D, N * H, bias=use_bias, dtype=dtype)
+        self.k_proj = Linear(D, N * H, bias=use_bias, dtype=dtype)
+        self.v_proj = Linear(D, N * H, bias=use_bias, dtype=dtype)
+        self.o_proj = Linear(N * H, D, bias=use_bias, dtype=dtype)
 
     def weights(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """How much each token takes from each other one, without a cache. [B, T, D] -> [B, N, T, S]"""
@@ -189,8 +190,8 @@ class MultiQueryAttention(MultiHeadAttention):
         )
         # All that changes: a token has one key and one value, not one per head.
         D, H = hidden_size, head_dim
-        self.k_proj = nn.Linear(D, H, bias=use_bias, dtype=dtype)
-        self.v_proj = nn.Linear(D, H, bias=use_bias, dtype=dtype)
+        self.k_proj = Linear(D, H, bias=use_bias, dtype=dtype)
+        self.v_proj = Linear(D, H, bias=use_bias, dtype=dtype)
 
 
 class GroupedQueryAttention(MultiHeadAttention):
@@ -228,5 +229,5 @@ class GroupedQueryAttention(MultiHeadAttention):
             dtype=dtype,
         )
         D, K, H = hidden_size, num_kv_heads, head_dim
-        self.k_proj = nn.Linear(D, K * H, bias=use_bias, dtype=dtype)
-        self.v_proj = nn.Linear(D, K * H, bias=use_bias, dtype=dtype)
+        self.k_proj = Linear(D, K * H, bias=use_bias, dtype=dtype)
+        self.v_proj = Linear(D, K * H, bias=use_bias, dtype=dtype)

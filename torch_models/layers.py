@@ -20,6 +20,31 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+#: Up to so many rows the CPU is faster with the weight on the left.
+FEW_ROWS = 32
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + b. [..., in], [out, in] -> [..., out]
+
+    For few rows the CPU reads the weight three times as fast in W x^T, if x^T has two columns or more.
+    """
+    rows = x.numel() // x.shape[-1]
+    # vs jax: XLA chooses the order of a product itself
+    if rows > FEW_ROWS or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
+        return nn.functional.linear(x, weight, bias)
+    flat = x.reshape(rows, -1) if rows > 1 else x.reshape(1, -1).repeat(2, 1)
+    y = (weight @ flat.T).T[:rows].reshape(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+class Linear(nn.Linear):
+    """nn.Linear with the product above. [..., in] -> [..., out]"""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, arXiv:1910.07467). [..., D] -> [..., D]"""
 

@@ -12,10 +12,12 @@ from torch import nn
 from torch_models.layers import (
     Context,
     KVCache,
+    Linear,
     RMSNorm,
     attend,
     constrain,
     empty_cache,
+    linear,
     place,
     rotary_angles,
     rotate,
@@ -38,10 +40,10 @@ class Attention(nn.Module):
         )
         self.head_dim = H
         # vs jax: a weight is [out, in], and initial values come from the global generator
-        self.q_proj = nn.Linear(D, N * H, bias=False, dtype=dtype)
-        self.k_proj = nn.Linear(D, K * H, bias=False, dtype=dtype)
-        self.v_proj = nn.Linear(D, K * H, bias=False, dtype=dtype)
-        self.o_proj = nn.Linear(N * H, D, bias=False, dtype=dtype)
+        self.q_proj = Linear(D, N * H, bias=False, dtype=dtype)
+        self.k_proj = Linear(D, K * H, bias=False, dtype=dtype)
+        self.v_proj = Linear(D, K * H, bias=False, dtype=dtype)
+        self.o_proj = Linear(N * H, D, bias=False, dtype=dtype)
 
     def forward(
         self, x: torch.Tensor, context: Context, cache: KVCache | None, i: int
@@ -65,9 +67,9 @@ class MLP(nn.Module):
     def __init__(self, config: LlamaConfig, *, dtype: torch.dtype):
         super().__init__()
         D, F = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(D, F, bias=False, dtype=dtype)
-        self.up_proj = nn.Linear(D, F, bias=False, dtype=dtype)
-        self.down_proj = nn.Linear(F, D, bias=False, dtype=dtype)
+        self.gate_proj = Linear(D, F, bias=False, dtype=dtype)
+        self.up_proj = Linear(D, F, bias=False, dtype=dtype)
+        self.down_proj = Linear(F, D, bias=False, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)  # [B, T, F]
@@ -109,7 +111,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList([Block(config, dtype=dtype) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
 
     def forward(
         self,
@@ -144,9 +146,7 @@ class Llama(nn.Module):
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Logits, with the embedding itself as the matrix where the two are tied. [B, T, D] -> [B, T, V]"""
-        return (
-            nn.functional.linear(x, self.embed.weight) if self.config.tie_word_embeddings else self.lm_head(x)
-        )
+        return linear(x, self.embed.weight) if self.config.tie_word_embeddings else self.lm_head(x)
 
     def empty_cache(self, batch: int, length: int) -> KVCache:
         """A cache for `batch` sequences of up to `length` positions."""

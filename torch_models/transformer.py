@@ -14,11 +14,13 @@ from torch_models.layers import (
     CrossCache,
     KVCache,
     LayerNorm,
+    Linear,
     at_least_float32,
     attend,
     constrain,
     dropout,
     empty_cache,
+    linear,
     place,
     store,
     subkey,
@@ -50,10 +52,10 @@ class Attention(nn.Module):
         self.head_dim = D // heads
         self.dropout = config.attention_dropout
         # vs jax: a weight is [out, in], and initial values come from the global generator
-        self.q_proj = nn.Linear(D, D, dtype=dtype)
-        self.k_proj = nn.Linear(D, D, dtype=dtype)
-        self.v_proj = nn.Linear(D, D, dtype=dtype)
-        self.o_proj = nn.Linear(D, D, dtype=dtype)
+        self.q_proj = Linear(D, D, dtype=dtype)
+        self.k_proj = Linear(D, D, dtype=dtype)
+        self.v_proj = Linear(D, D, dtype=dtype)
+        self.o_proj = Linear(D, D, dtype=dtype)
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a sequence offers to those who attend to it. [B, S, D] -> 2 x [B, S, N, H]"""
@@ -76,8 +78,8 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = config.activation_function
         self.dropout = config.activation_dropout
-        self.fc1 = nn.Linear(config.d_model, width, dtype=dtype)
-        self.fc2 = nn.Linear(width, config.d_model, dtype=dtype)
+        self.fc1 = Linear(config.d_model, width, dtype=dtype)
+        self.fc2 = Linear(width, config.d_model, dtype=dtype)
 
     def forward(self, x: torch.Tensor, key: torch.Tensor | None) -> torch.Tensor:
         x = dropout(ACTIVATIONS[self.activation](self.fc1(x)), self.dropout, key)  # [B, T, F]
@@ -160,7 +162,7 @@ class Transformer(nn.Module):
         self.encoder = nn.ModuleList([EncoderLayer(c, dtype=dtype) for _ in range(c.encoder_layers)])
         self.decoder = nn.ModuleList([DecoderLayer(c, dtype=dtype) for _ in range(c.decoder_layers)])
         if not c.tie_word_embeddings:
-            self.lm_head = nn.Linear(D, V, bias=False, dtype=dtype)
+            self.lm_head = Linear(D, V, bias=False, dtype=dtype)
         if c.final_logits_bias:
             # vs jax: a buffer is no parameter, so no gradient reaches it
             self.final_logits_bias = nn.Buffer(torch.zeros(1, V, dtype=dtype))
@@ -238,12 +240,11 @@ class Transformer(nn.Module):
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Logits, with the embedding itself as the matrix where the two are tied. [B, T, D] -> [B, T, V]"""
         c = self.config
-        logits = nn.functional.linear(x, self.embed.weight) if c.tie_word_embeddings else self.lm_head(x)
+        logits = linear(x, self.embed.weight) if c.tie_word_embeddings else self.lm_head(x)
         return logits + self.final_logits_bias if c.final_logits_bias else logits
 
     def empty_cache(self, batch: int, length: int) -> KVCache:
         """A cache for `batch` target sequences of up to `length` positions."""
-        c, N = self.config, self.config.decoder_attention_heads
-        table = self.embed.weight
+        c, N, table = self.config, self.config.decoder_attention_heads, self.embed.weight
         size = (c.decoder_layers, batch, length, N, c.d_model // N)
         return empty_cache(*size, dtype=table.dtype, device=table.device)
