@@ -159,11 +159,29 @@ def gguf_header(raw: bytes, rng: random.Random) -> bytes:
     return damaged_bytes(raw, rng, raw.index(b"token_embd.weight") + 2500)
 
 
+def pickle_header(raw: bytes, rng: random.Random) -> bytes:
+    """The zip's own records at both ends of the file, or the program of the pickle inside."""
+    if rng.random() < 0.5:
+        return damaged_bytes(raw, rng, 4000)
+    cut = len(raw) - rng.choice([100, 1000, 8000])
+    return raw[:cut] + damaged_bytes(raw[cut:], rng, len(raw) - cut)
+
+
+def anywhere(raw: bytes, rng: random.Random) -> bytes:
+    """Around one of the places where names are."""
+    at = max(0, raw.find(rng.choice(NAMES), rng.randrange(len(raw))) - 40)
+    return raw[:at] + damaged_bytes(raw[at:], rng, 120)
+
+
+NAMES = (b"kernel", b"embedding", b"float32", b"layers", b"weight")
+
 TARGETS = {
     "safetensors": Target("model.safetensors", damaged_header),
     "index": Target("model.safetensors.index.json", damaged, "shards"),
     "config": Target("config.json", damaged),
     "gguf": Target("model.gguf", gguf_header, "gguf", "model.gguf"),
+    "pickle": Target("pytorch_model.bin", pickle_header, "pickle"),
+    "msgpack": Target("flax_model.msgpack", anywhere, "msgpack"),
 }
 
 
@@ -194,6 +212,27 @@ def write_gguf(path: Path) -> None:
         writer.close()
 
 
+def write_pickle(path: Path) -> None:
+    import torch
+
+    with open_checkpoint("preset:llama-tiny") as checkpoint:
+        torch.save({n: torch.from_numpy(x) for n, x in convert(checkpoint, "hf")}, path)
+
+
+def write_msgpack(path: Path) -> None:
+    from flax.serialization import msgpack_serialize
+
+    tree: dict[str, Any] = {}
+    with open_checkpoint("preset:llama-tiny") as checkpoint:
+        for name, array in convert(checkpoint, "flax"):
+            *parents, leaf = name.split("/")
+            node = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[leaf] = array
+    path.write_bytes(msgpack_serialize(tree))
+
+
 @dataclass
 class Bench:
     """Good folders, copied once into memory, in which one file after the other is damaged."""
@@ -205,7 +244,11 @@ class Bench:
     def __post_init__(self) -> None:
         port("preset:llama-tiny", self.root / "hf", to="hf")
         port("preset:llama-tiny", self.root / "shards", to="hf", shard_size=120_000)
-        (self.root / "gguf").mkdir()
+        for kind in ("gguf", "pickle", "msgpack"):
+            (self.root / kind).mkdir()
+            shutil.copy(self.root / "hf" / "config.json", self.root / kind)
+        write_pickle(self.root / "pickle" / "pytorch_model.bin")
+        write_msgpack(self.root / "msgpack" / "flax_model.msgpack")
         write_gguf(self.root / "gguf" / "model.gguf")
         self.whole = {n: (self.root / t.kind / t.file).read_bytes() for n, t in TARGETS.items()}
 

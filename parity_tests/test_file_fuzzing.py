@@ -11,7 +11,7 @@ from file_fuzzing import CHUNK, TARGETS, Failed
 from twinformers.checkpoints import safetensors_io
 
 CASES = 50_000
-CHUNKS = -(-CASES // CHUNK)
+CHUNKS = -(-CASES // CHUNK // len(TARGETS)) * len(TARGETS)  # as many for each
 
 
 @pytest.mark.slow
