@@ -1,9 +1,8 @@
-"""Generation for every causal twin: prefill in buckets, one compiled decoding step, a donated cache."""
+"""Generation for every causal twin: prefill in buckets, decoding in a compiled loop, a donated cache."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +13,9 @@ from flax import nnx
 from jax_models.random import fold_in, gumbel, key
 from twinformers.configs import Sampling
 from twinformers.configs._sampling import bucket, check_prompts
+
+#: Steps of one compiled loop: text appears in pieces of so many tokens.
+STEPS = 8
 
 
 def choose(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
@@ -50,7 +52,6 @@ class Generator:
         graphdef, state = nnx.split(model)
         self._params = nnx.to_pure_dict(state)
 
-        @partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
         def step(params, tokens, positions, last, cache, key, count, sampling):
             model = nnx.merge(graphdef, params)
             x, cache = model.hidden(tokens, positions, cache)  # [B, T, D]
@@ -58,7 +59,30 @@ class Generator:
             chosen = choose(model.head(x)[:, 0], sampling, fold_in(key, count))  # [B]
             return chosen.astype(jnp.int32), cache
 
-        self._step = step
+        def loop(params, chosen, ends, running, stops, cache, key, count, most, sampling):
+            """Up to `most` steps from step `count` on, none once every row has met a stop token."""
+            first = jnp.zeros_like(ends)
+
+            def more(state):
+                n, _, running, _, _ = state
+                return (n < most) & running.any()
+
+            def once(state):
+                n, chosen, running, cache, out = state
+                at = ends + count + n - 1  # [B], the position of the token chosen last
+                chosen, cache = step(
+                    params, chosen[:, None], at[:, None], first, cache, key, count + n, sampling
+                )
+                running &= ~jnp.isin(chosen, stops)
+                return n + 1, chosen, running, cache, out.at[:, n].set(chosen)
+
+            out = jnp.zeros((len(ends), STEPS), jnp.int32)
+            state = 0, chosen, running, cache, out
+            _, chosen, _, cache, out = jax.lax.while_loop(more, once, state)
+            return out, chosen, cache
+
+        self._step = jax.jit(step, static_argnames="sampling", donate_argnames="cache")
+        self._loop = jax.jit(loop, static_argnames="sampling", donate_argnames="cache")
 
     def warm_up(
         self,
@@ -95,24 +119,26 @@ class Generator:
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)], positions[row, : len(prompt)] = prompt, np.arange(len(prompt))
         cache = self._empty_cache(len(prompts), bucket(lengths.max() + max_new_tokens))
-        seed, first = key(sampling.seed), np.zeros_like(lengths)
+        seed = key(sampling.seed)
         chosen, cache = self._step(
             self._params, tokens, positions, lengths - 1, cache, seed, 0, sampling=sampling
         )
-        running = np.ones(len(prompts), bool)
-        for count in range(1, max_new_tokens + 1):
-            out = np.asarray(chosen).tolist()
-            yield [token if alive else None for token, alive in zip(out, running, strict=True)]
-            running &= ~np.isin(out, list(stop_tokens))
-            if count == max_new_tokens or not running.any():
+        stops = np.full(
+            bucket(len(stop_tokens)), -1, np.int32
+        )  # few lengths, few compilations
+        stops[: len(stop_tokens)] = stop_tokens
+        running, out, count = np.ones(len(prompts), bool), np.asarray(chosen)[:, None], 1
+        while True:
+            for tokens in out.T:
+                yield [int(token) if alive else None for token, alive in zip(tokens, running, strict=True)]
+                running &= ~np.isin(tokens, stops)
+                if not running.any():
+                    return
+            if (left := max_new_tokens - count) == 0:
                 return
-            chosen, cache = self._step(
-                self._params,
-                chosen[:, None],
-                (lengths + count - 1)[:, None],
-                first,
-                cache,
-                seed,
-                count,
-                sampling=sampling,
+            most = min(left, STEPS)
+            # vs torch: the device takes several steps before it answers
+            out, chosen, cache = self._loop(
+                self._params, chosen, lengths, running, stops, cache, seed, count, most, sampling=sampling
             )
+            out, count = np.asarray(out)[:, :most], count + most

@@ -23,7 +23,7 @@ TINY, OTHER = "preset:llama-tiny@1", "preset:llama-tiny@2"
 
 
 def kill_port(*options):
-    """The script in a process of its own, since it forks and JAX has threads; in memory, where that is a place."""
+    """The script in a process of its own, since it forks; in memory, where that is a place."""
     memory = Path("/dev/shm")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if memory.is_dir() and os.access(memory, os.W_OK):
@@ -278,6 +278,23 @@ def test_files_have_the_mode_of_the_umask(to, mask, tmp_path):
         assert stat.S_IMODE(path.stat().st_mode) == expected, path
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_what_others_write_for_the_owner_alone_gets_the_mode_too(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        with new_folder(tmp_path / "model") as folder, new_file(tmp_path / "m.gguf") as file:
+            for path in (folder / "config.json", file):
+                os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+            (folder / "params").mkdir(mode=0o700)
+    finally:
+        os.umask(before)
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in tmp_path.rglob("*")}
+    assert modes.pop("model") == modes.pop("params") == 0o777 & ~mask
+    assert modes.keys() == {"config.json", "m.gguf", "m.gguf.sha256"} and set(modes.values()) == {
+        0o666 & ~mask
+    }
+
+
 # Single files
 
 
@@ -354,3 +371,25 @@ def test_the_check_of_sums_would_see_a_wrong_one(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"new")
     with pytest.raises(IntegrityError, match=r"m\.gguf"):
         manifest.check(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("to", ["hf", "torch", "jax"])
+@pytest.mark.parametrize("limit", [100, 20_000])
+def test_a_disk_that_takes_no_more_is_one_message(to, limit, tmp_path):
+    """The system refuses to let a file grow; other libraries have other words for it."""
+    port(OTHER, tmp_path / "model", to="hf")
+    before = content_bytes(tmp_path / "model")
+    command = (
+        "import resource, sys; from twinformers.cli import main; "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+        f"sys.argv[1:] = ['port', {TINY!r}, {str(tmp_path / 'model')!r}, '--to', {to!r}, "
+        "'--overwrite']; main()"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written" in done.stderr and "Traceback" not in done.stderr
+    assert content_bytes(tmp_path / "model") == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]

@@ -85,7 +85,7 @@ def test_an_example_that_does_not_parse_is_caught():
 def test_the_verbs_are_those_that_are_documented(call):
     code, out, _ = call("--help")
     assert code == 0
-    assert {"generate", "inspect", "list", "port", "verify"} <= set(VERBS)
+    assert {"bench", "generate", "inspect", "list", "port", "verify"} <= set(VERBS)
     assert all(re.search(rf"^  {verb} +[A-Z]", out, re.MULTILINE) for verb in VERBS)
 
 
@@ -194,6 +194,7 @@ def test_verify_that_fails_has_its_own_exit_code(call, monkeypatch):
 GENERATE = ["generate", "{model}", "--prompt", "w3"]
 PORT = ["port", TINY, "{tmp}/out", "--to"]
 VERIFY = ["verify", TINY]
+BENCH = ["bench", TINY, "--task", "prefill"]
 
 #: The arguments, and what the one message must say.
 BAD = {
@@ -256,6 +257,17 @@ BAD = {
     "float64 without x64": ([*GENERATE, "--dtype", "float64"], "dtype: JAX would.*JAX_ENABLE_X64"),
     "no tokenizer": (["generate", TINY, "--prompt", "hello"], f"{TINY}: .*no tokenizer.*tokenizer.json"),
     "no chat template": ([*GENERATE, "--chat"], "{model}: there is no chat template"),
+    "unknown task": (["bench", TINY, "--task", "sleep"], "task: unknown task.*decode.*found: +'sleep'"),
+    "bench of nothing": ([*BENCH, "--batch", "0"], "batch: bad value.*found: +0"),
+    "bench with an unknown framework": ([*BENCH, "--framework", "caffe"], "framework: .*found: +'caffe'"),
+    "bench in a bad dtype": ([*BENCH, "--dtype", "keep"], "dtype: unknown dtype.*found: +'keep'"),
+    "bench without repeats": ([*BENCH, "--repeats", "0"], "repeats: bad value"),
+    "unknown sweep": ([*BENCH, "--sweep", "width"], "sweep: unknown sweep.*found: +'width'"),
+    "sweep of a start": (["bench", TINY, "--task", "start", "--sweep", "batch"], "no size to sweep"),
+    "unknown kind of report": ([*BENCH, "--report", "{tmp}/speed.txt"], "report: unknown kind.*speed.txt"),
+    "plots below a file": ([*BENCH, "--plots", __file__ + "/x"], "plots cannot be made"),
+    "bench of too many tokens": ([*BENCH, "--prompt-tokens", "5000"], "more positions.*at most 1024"),
+    "bench of no language model": (["bench", "preset:transformer-tiny", "--task", "load"], "only causal"),
     "unknown check": ([*VERIFY, "--check", "taste"], "check: unknown check.*logits.*found: +'taste'"),
     "verify in a bad dtype": (
         [*VERIFY, "--dtype", "float8"],

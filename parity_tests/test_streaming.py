@@ -180,8 +180,8 @@ LARGEST = 32_768 * 1024 * 2
         ("torch", {}, 2.5 * LARGEST),
         ("torch", {"dtype": "float16"}, 2.5 * LARGEST),
         ("torch", {"dtype": "float32"}, 2.5 * 2 * LARGEST),
-        # As docs/porting.md says: two groups, and four of the largest.
-        ("jax", {}, 2 * (64 << 20) + 4 * LARGEST),
+        # As docs/porting.md says: two groups, and five of the largest.
+        ("jax", {}, 2 * (64 << 20) + 5 * LARGEST),
     ],
     ids=["same", "narrower", "wider", "orbax"],
 )

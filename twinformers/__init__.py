@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from twinformers.benchmarks.results import BenchResult as BenchResult
+    from twinformers.benchmarks.running import bench as bench
     from twinformers.checkpoints import PortResult as PortResult
     from twinformers.checkpoints import open_checkpoint as open_checkpoint
     from twinformers.checkpoints import port as port
@@ -34,11 +36,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Beams": "configs",
+    "BenchResult": "benchmarks.results",
     "DivergeReport": "parity.diverge",
     "GenerateResult": "generation",
     "PortResult": "checkpoints",
     "Sampling": "configs",
     "diverge": "parity.diverge",
+    "bench": "benchmarks.running",
     "CompareResult": "parity.compare",
     "compare": "parity.compare",
     "generate": "generation",

@@ -64,3 +64,7 @@ class MissingDependency(TwinformersError):
 
 class UsageError(TwinformersError):
     """An option has a value that makes no sense, alone or together with another."""
+
+
+class WorkerError(TwinformersError):
+    """A process that was to measure ended, gave no answer in time, or says that it cannot."""

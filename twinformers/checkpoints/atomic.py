@@ -19,7 +19,9 @@ import os
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from twinformers.checkpoints import manifest
@@ -131,8 +133,12 @@ def _beside(dest: Path, check: Callable[[], None]) -> Iterator[tuple[Path, Path]
                 temporary.mkdir()
                 yield place, temporary
             finally:
-                # After an exchange the old one lies here.
-                _remove(temporary, ignore_errors=True)
+                # After an exchange the old one lies here. A library that failed may still be writing.
+                for _ in range(20):
+                    _remove(temporary, ignore_errors=True)
+                    if not os.path.lexists(temporary):
+                        break
+                    time.sleep(0.05)
     except OSError as error:
         raise DestinationError(
             "the destination cannot be written",
@@ -216,7 +222,13 @@ def _settle(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
         # What other libraries write may be for its owner alone.
         path.chmod(mode if path.is_dir() else mode & 0o666)
-        sync(path)
+    sync_all(folder)
+
+
+def sync_all(folder: Path) -> None:
+    """Return when everything below has reached the disk, which takes several files at a time best."""
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(sync, [*folder.rglob("*"), folder]))
 
 
 def sync(path: Path) -> None:

@@ -62,8 +62,9 @@ def contiguous(array: np.ndarray) -> np.ndarray:
 
 @dataclass
 class _Used:
-    """Memory that waits to be used again, smallest first; never more of it than the largest array took."""
+    """Memory that waits to be used again, smallest first; at most `times` what the largest array took."""
 
+    times: int
     waiting: list[np.ndarray] = field(default_factory=list)
     largest: int = 0
 
@@ -74,26 +75,30 @@ class _Used:
         for number, memory in enumerate(self.waiting):
             if memory.nbytes >= size:
                 return self.waiting.pop(number)
-        self.waiting.clear()  # too small, all of it: it would only be held in addition
+        self._shrink(self.times * self.largest - size)  # what is too small would only be held in addition
         return np.empty(size, np.uint8)
 
     def give_back(self, memory: np.ndarray) -> None:
         self.waiting.append(memory)
         self.waiting.sort(key=lambda m: m.nbytes)
-        while sum(m.nbytes for m in self.waiting) > self.largest:
-            self.waiting.pop(0)
+        self._shrink(self.times * self.largest)
+
+    def _shrink(self, most: int) -> None:
+        while sum(m.nbytes for m in self.waiting) > most:
+            self.waiting.pop()
 
 
 _used: ContextVar[_Used | None] = ContextVar("used", default=None)
 
 
 @contextlib.contextmanager
-def reusing() -> Iterator[None]:
+def reusing(times: int = 1) -> Iterator[None]:
     """In the block, `empty` gives the memory of arrays that are gone to new ones.
 
+    Of it, `times` as much as the largest took may wait; more of it helps where several arrays live at a time.
     Fresh memory of the size of a tensor costs more than reading the tensor: the system clears each page.
     """
-    token = _used.set(_Used())
+    token = _used.set(_Used(times))
     try:
         yield
     finally:

@@ -22,19 +22,27 @@ _LINE = re.compile(r"(\\?)([0-9a-f]{64}) [ *]([^\0\n]+)\n")
 _CHUNK = 4 << 20
 #: Pieces that may wait for their sum; each holds its memory.
 _PENDING = 4
+#: Bytes after which a file is told to reach the disk, if it is not on its way already.
+_SYNCED = 256 << 20
 
 #: Told how many bytes have been read, and how many there are.
 OnBytes = Callable[[int, int], None]
 
 
 class HashedFile:
-    """A new file whose sum is computed in a thread beside the writing, so that it is never read again."""
+    """A new file whose sum is computed in a thread beside the writing, so that it is never read again.
+
+    Another thread has it reach the disk from early on, so that nobody waits long for the last part.
+    """
 
     def __init__(self, path: Path):
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115  (closed by its own __exit__)
         self._sum = hashlib.sha256()
         self._thread = ThreadPoolExecutor(1)
         self._pending: deque[Future[None]] = deque()
+        self._disk = ThreadPoolExecutor(1)
+        self._reached: Future[None] | None = None
+        self._since = 0
 
     def write(self, data: Any) -> None:
         """Append bytes. They must not change afterwards: their sum may still have to be taken."""
@@ -42,8 +50,11 @@ class HashedFile:
         if len(self._pending) >= _PENDING:
             self._pending.popleft().result()
         self._pending.append(self._thread.submit(self._sum.update, view))
+        self._since += len(view)
         while view:
             view = view[self._file.write(view) :]
+        if self._since >= _SYNCED and (self._reached is None or self._reached.done()):
+            self._reached, self._since = self._disk.submit(os.fsync, self._file.fileno()), 0
 
     def catch_up(self) -> None:
         """Return when the sum has been taken of all that was written; nothing is held after that."""
@@ -54,6 +65,7 @@ class HashedFile:
         """The sum, in hexadecimal digits."""
         self.catch_up()
         self._thread.shutdown()
+        self._disk.shutdown()
         self._file.close()
         return self._sum.hexdigest()
 
@@ -66,7 +78,10 @@ class HashedFile:
 
 def write(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
     """Write `SHA256SUMS` for all files of the folder; those whose sums are `known` are not read."""
-    sums = {name: known.get(name) or _sum(folder / name) for name in _names(folder)}
+    names = _names(folder)
+    with ThreadPoolExecutor(2) as threads:  # hashing leaves Python to the others
+        found = threads.map(lambda name: known.get(name) or _sum(folder / name), names)
+        sums = dict(zip(names, found, strict=True))
     (folder / SUMS).write_bytes(_text(sums))
     return sums
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from twinformers.checkpoints.base import TensorInfo
 from twinformers.checkpoints.dtypes import DTYPES, Ledger, numpy_dtype
 from twinformers.checkpoints.folders import FolderCheckpoint
+from twinformers.checkpoints.layout import reusing
 from twinformers.errors import FormatError, MissingDependency, first_line
 
 if TYPE_CHECKING:
@@ -46,11 +48,11 @@ def _orbax():
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax reports every step through absl; only what goes wrong concerns us, and that is raised."""
+def _quiet(level: int = logging.ERROR) -> Iterator[None]:
+    """Orbax reports every step through absl; only what goes wrong concerns us, and most of that is raised."""
     logger = logging.getLogger("absl")
     before = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(level)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -158,7 +160,7 @@ def write_orbax(
     """Write `params/` of a jax folder, a group of tensors at a time.
 
     While Orbax writes one group, the next is read; a group is WRITTEN_BYTES and the tensor that goes beyond.
-    Peak memory is at most 2 * WRITTEN_BYTES and four times the largest tensor, whatever the model's size.
+    Peak memory is at most 2 * WRITTEN_BYTES and five times the largest tensor, whatever the model's size.
     Uncompressed and without OCDBT, which measured about 7 times faster.
     """
     ocp = _orbax()
@@ -169,16 +171,39 @@ def write_orbax(
     context.memory.deepcopy_host_arrays = False  # a group is left alone once it is handed over
     group: dict[str, np.ndarray] = {}
     writing: Any = None
-    with _quiet(), context:
+    # What fails in Orbax's threads is raised here.
+    with _quiet(logging.CRITICAL), context, reusing(2):
         try:
             for number, e in enumerate(entries, 1):
                 group[e.name] = ledger.array(e)
                 on_tensor(e)
                 if number == len(entries) or sum(x.nbytes for x in group.values()) >= WRITTEN_BYTES:
-                    if writing:
-                        writing.result()
-                    writing, group = ocp.partial.save_async(path, group), {}
+                    with _saving():
+                        if writing:
+                            writing.result()
+                        writing, group = ocp.partial.save_async(path, group), {}
         finally:
             if writing:  # also if something failed: nobody is to write into a folder that is being removed
-                writing.result()
-        ocp.partial.finalize(path)
+                with _saving():
+                    writing.result()
+        with _saving():
+            ocp.partial.finalize(path)
+
+
+@contextlib.contextmanager
+def _saving() -> Iterator[None]:
+    """A full disk is an OSError to others; to TensorStore it is a ValueError.
+
+    Once one of its writes has failed, the others call back into an event loop that is closed, when they like:
+    that is not printed then and later.
+    """
+    printed = sys.unraisablehook
+    sys.unraisablehook = lambda u: None if str(u.exc_value) == "Event loop is closed" else printed(u)
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(first_line(error)) from error
+    else:
+        sys.unraisablehook = printed

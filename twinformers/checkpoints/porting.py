@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinformers.checkpoints import manifest
-from twinformers.checkpoints.atomic import new_file, new_folder
+from twinformers.checkpoints.atomic import new_file, new_folder, sync_all
 from twinformers.checkpoints.base import Checkpoint
 from twinformers.checkpoints.dtypes import Ledger, Loss, cast, check_dtype, numpy_dtype, stored_dtype, widest
 from twinformers.checkpoints.files import json_object
@@ -221,7 +222,10 @@ def _orbax(job: Job) -> None:
 
     _write_company(job)
     write_orbax(job.path, job.entries, job.ledger, job.told)
-    manifest.write(job.path, {})
+    with ThreadPoolExecutor(1) as beside:
+        reached = beside.submit(sync_all, job.path)  # the disk has time while the sums are taken
+        manifest.write(job.path, {})
+        reached.result()
 
 
 def _gguf(job: Job) -> None:

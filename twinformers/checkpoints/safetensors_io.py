@@ -282,8 +282,6 @@ def write_safetensors(
     on_tensor: Callable[[Entry], None] = lambda entry: None,
 ) -> str:
     """Write one file, holding at most one large tensor in memory, and give its SHA-256."""
-    import numpy as np
-
     entries = list(entries)
     large = max(e.bytes for e in entries) // 2
     header: dict[str, object] = {METADATA: dict(metadata)}
@@ -302,11 +300,17 @@ def write_safetensors(
         for e in entries:
             if e.bytes > large:
                 file.catch_up()  # what waits for its sum is held in memory
-            for piece in ledger.pieces(e):
-                # The view as bytes is free, and bfloat16 has no buffer protocol of its own.
-                file.write(piece.view(np.uint8).data)
+            _write_tensor(file, e, ledger)
             on_tensor(e)
         return file.close()
+
+
+def _write_tensor(file: HashedFile, entry: Entry, ledger: Ledger) -> None:
+    import numpy as np
+
+    for piece in ledger.pieces(entry):
+        # The view as bytes is free, and bfloat16 has no buffer protocol of its own.
+        file.write(piece.view(np.uint8).data)
 
 
 def write_shards(

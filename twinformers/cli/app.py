@@ -161,6 +161,54 @@ def compare(
     raise typer.Exit(code)
 
 
+@app.command(epilog="Example: twinformers bench demo --task decode --batch 1 --batch 8 --report speed.md")
+def bench(
+    source: Source,
+    task: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="decode, prefill, train, load, start; repeatable, default all of them."),
+    ] = None,
+    batch: Annotated[Optional[list[int]], typer.Option(help="Repeatable; default 1 and 8.")] = None,  # noqa: UP045
+    prompt_tokens: Annotated[int, typer.Option(help="The length of prompts and of training rows.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="How many tokens decoding generates.")] = 64,
+    sweep: Annotated[Text, typer.Option(help="length, batch or size: each task at several of them.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    framework: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="jax, torch, transformers; repeatable, default those installed."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Measure so many times and take the median.")] = 5,
+    limit: Annotated[float, typer.Option(help="Give up what is not ready after so many seconds.")] = 300,
+    jax_device: Annotated[Text, typer.Option(help="cpu, gpu or tpu.")] = None,
+    torch_device: Annotated[Text, typer.Option(help="cpu or cuda; of transformers too.")] = None,
+    report: Annotated[Optional[Path], typer.Option(help="Write a page here, .html or .md.")] = None,  # noqa: UP045
+    plots: Annotated[Optional[Path], typer.Option(help="Write pictures into this folder.")] = None,  # noqa: UP045
+    json: Json = False,
+) -> None:
+    """Measure speed and memory of both twins and of transformers, side by side."""
+    from twinformers.cli import bench as verb
+
+    sizes = {"batches": batch or (1, 8), "tokens": prompt_tokens, "new_tokens": new_tokens}
+    options = {
+        "frameworks": framework or None,
+        "dtype": dtype,
+        "repeats": repeats,
+        "limit": limit,
+        "jax_device": jax_device,
+        "torch_device": torch_device,
+    }
+    verb.run(
+        source,
+        tasks=task or [],
+        sizes=sizes,
+        sweep=sweep,
+        options=options,
+        report_file=report,
+        plots=plots,
+        json=json,
+    )
+
+
 @app.command(epilog="Example: twinformers diverge jax:demo torch:demo --gradients")
 def diverge(
     left: Annotated[str, typer.Argument(help="jax:SOURCE, torch:SOURCE or hf:SOURCE (transformers).")],

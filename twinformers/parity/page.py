@@ -40,6 +40,7 @@ NAMES = {"jax": "Flax", "torch": "PyTorch"}
 PACKAGES = ("twinformers", "jax", "flax", "torch", "transformers", "numpy")
 LOGITS = "logits"  # the path of the model's own output, the last row
 DOCTYPE = "<!doctype html>"
+KINDS = {DOCTYPE: "HTML page"}
 
 Cells = Mapping[tuple[str, str, tuple[str, str]], CheckResult]
 
@@ -49,11 +50,15 @@ def write_page(path: str | Path, template: str, **values: Any) -> None:
 
     Raises DestinationError for a path that cannot be written or holds something else.
     """
-    path = check_destination(path)
-    page = _environment().get_template(template).render(size=SIZE, explained=EXPLAINED, **values)
+    write_text(path, _environment().get_template(template).render(size=SIZE, explained=EXPLAINED, **values))
+
+
+def write_text(path: str | Path, text: str, begins: str = DOCTYPE) -> None:
+    """Write a report that begins like that, whole or not at all; errors as above."""
+    path = check_destination(path, begins)
     temporary = _beside(path)
     try:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         raise _unwritable(path, error) from error
@@ -64,8 +69,9 @@ def write_page(path: str | Path, template: str, **values: Any) -> None:
 def _environment() -> Any:
     import jinja2
 
+    here = Path(__file__).parent
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([here, here.parent / "benchmarks"]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -93,8 +99,10 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in marked) or "∅"
 
 
-def check_destination(path: str | Path) -> Path:
+def check_destination(path: str | Path, begins: str = DOCTYPE) -> Path:
     """The path, if a report can be written there: ask before minutes of work, not after.
+
+    An earlier report is told by what it `begins` with.
 
     Raises DestinationError where the folder is missing or not writable, and where the path holds anything
     but an earlier report: a slip of the hand must not cost a checkpoint.
@@ -110,12 +118,14 @@ def check_destination(path: str | Path) -> Path:
         )
     probe = _beside(path)
     try:
-        if path.is_dir() or (path.exists() and path.stat().st_size and not _is_page(path)):
+        if path.is_dir() or (path.exists() and path.stat().st_size and not _begins(path, begins)):
             raise DestinationError(
                 "the path of the report is taken",
                 where=str(path),
                 expected="a new file, or an earlier report",
-                found="a folder" if path.is_dir() else "a file that is no HTML page",
+                found="a folder"
+                if path.is_dir()
+                else f"a file that is no {KINDS.get(begins, 'such report')}",
                 hint="name another file",
             )
         probe.touch()
@@ -126,9 +136,9 @@ def check_destination(path: str | Path) -> Path:
     return path
 
 
-def _is_page(path: Path) -> bool:
+def _begins(path: Path, begins: str) -> bool:
     with path.open("rb") as file:
-        return file.read(len(DOCTYPE)).lower() == DOCTYPE.encode()
+        return file.read(len(begins.encode())).lower() == begins.lower().encode()
 
 
 def _beside(path: Path) -> Path:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from twinformers.benchmarks.memory import resident
+from twinformers.benchmarks.process import interpreter
 from twinformers.checkpoints import Checkpoint, opened
 from twinformers.errors import TwinformersError, first_line
 from twinformers.loading import find_device, load
@@ -56,9 +56,7 @@ class Speed:
 
 def measure(source: str, framework: str, dtype: str, device: str | None) -> Speed:
     """Run a fresh interpreter that measures "jax", "torch" or "transformers"."""
-    # -P: the working folder may hold anything, a module called jax among it.
-    command = [sys.executable, "-P", "-m", __name__, json.dumps([source, framework, dtype, device])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command, environment = interpreter(__name__, [source, framework, dtype, device])
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode < 0:
         return Speed(framework, dtype, error=f"the process was ended by signal {-done.returncode}")
@@ -148,20 +146,6 @@ def _timed(
     for _ in calls.steps(call, empty_cache, calls.prompted(checkpoint.config, prompt), new - 1):
         stamps.append(time.perf_counter())
     return [after - before for before, after in itertools.pairwise(stamps)]
-
-
-def resident(peak: bool) -> int:
-    """Bytes of memory that this process holds, or at most held.
-
-    Not `getrusage` on Linux: a child's maximum there begins with what its parent held when it started.
-    """
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return used if sys.platform == "darwin" else used * 1024
-    name = "VmHWM:" if peak else "VmRSS:"
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(name))
 
 
 def _measured(source: str, framework: str, dtype: str, device: str | None) -> Speed:

@@ -1,0 +1,73 @@
+"""The Flax twin's measurements."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from twinformers.benchmarks.cases import Case
+from twinformers.benchmarks.side import EDGES, LONG, Twin
+
+
+class JaxSide(Twin):
+    framework = "jax"
+
+    def __init__(self, source: str, dtype: str, device: str | None):
+        jax.config.update("jax_enable_x64", dtype == "float64")
+        # What PyTorch does without being asked; a GPU would otherwise round float32 to TF32.
+        jax.config.update("jax_default_matmul_precision", "highest")
+        super().__init__(source, dtype, device)
+        jax.config.update("jax_default_device", self.device)
+
+    def default_device(self) -> Any:
+        return jax.devices()[0]
+
+    def about(self) -> dict[str, Any]:
+        platform = "gpu" if self.device.platform in ("gpu", "cuda", "rocm") else self.device.platform
+        # XLA's pool has a thread for each core that the process may use.
+        return {
+            "platform": platform,
+            "device": self.device.device_kind,
+            "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        }
+
+    def wait(self) -> None:
+        # A device works through what it is given in order.
+        jax.block_until_ready(jax.device_put(0, self.device) + 0)
+
+    def read(self, dtype: str) -> Any:
+        model = super().read(dtype)
+        jax.block_until_ready(nnx.to_pure_dict(nnx.state(model)))
+        return model
+
+    def forget_compiled(self) -> None:
+        jax.clear_caches()
+
+    def trainer(self, case: Case, variant: str) -> Callable[[], float]:
+        update = self.stepper(case)
+        self.drop()  # the state is a copy
+        return update
+
+    def device_bytes(self) -> int | None:
+        return (self.device.memory_stats() or {}).get("peak_bytes_in_use")
+
+    @staticmethod
+    def _finished(function: Callable[..., Any], *args: Any) -> None:
+        jax.block_until_ready(function(*args))
+
+    def peaks(self) -> dict[str, dict[str, float]]:
+        add, multiply, matrix = jax.jit(partial(jnp.sum, axis=1)), jax.jit(jnp.matmul), 0.0
+        x = jnp.ones((LONG >> 14, 1 << 14), jnp.float32)  # rows, so that every thread has some
+        bandwidth = 4 * LONG / self.fastest(partial(self._finished, add, x))
+        for edge in EDGES["cpu" if self.about()["platform"] == "cpu" else "gpu"]:
+            x = jnp.asarray(np.full((edge, edge), 0.5), self.dtype)
+            seconds = self.fastest(partial(self._finished, multiply, x, x))
+            matrix = max(matrix, 2 * edge**3 / seconds)
+        return {"bandwidth": {"jax": bandwidth}, "matrix": {"jax": matrix}}

@@ -1,0 +1,64 @@
+"""The PyTorch twin's measurements, and what transformers' model shares with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from twinformers.benchmarks.cases import Case
+from twinformers.benchmarks.side import EDGES, LONG, Side, Twin, numpy_bandwidth
+
+
+class OnTorch(Side):
+    """The device, its memory and its limits."""
+
+    def default_device(self) -> Any:
+        return torch.get_default_device()
+
+    def about(self) -> dict[str, Any]:
+        if self.device.type == "cuda":
+            return {
+                "platform": "gpu",
+                "device": torch.cuda.get_device_name(self.device),
+                "threads": torch.get_num_threads(),
+            }
+        return {"platform": self.device.type, "device": self.device.type, "threads": torch.get_num_threads()}
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def forget_compiled(self) -> None:
+        # It would also give up compiling after a few shapes.
+        torch._dynamo.reset()
+
+    def forget(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def device_bytes(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+    @torch.inference_mode()
+    def peaks(self) -> dict[str, dict[str, float]]:
+        x = torch.ones(LONG, dtype=torch.float32, device=self.device)
+        bandwidth = {"torch": 4 * LONG / self.fastest(x.sum)}
+        del x
+        if self.device.type == "cpu":
+            bandwidth["numpy"] = numpy_bandwidth(self, torch.get_num_threads())
+        matrix = 0.0
+        for edge in EDGES["cpu" if self.device.type == "cpu" else "gpu"]:
+            x = torch.full((edge, edge), 0.5, dtype=getattr(torch, self.dtype), device=self.device)
+            seconds = self.fastest(partial(torch.matmul, x, x))
+            matrix = max(matrix, 2 * edge**3 / seconds)
+        return {"bandwidth": bandwidth, "matrix": {"torch": matrix}}
+
+
+class TorchSide(OnTorch, Twin):
+    framework = "torch"
+
+    def trainer(self, case: Case, variant: str) -> Callable[[], float]:
+        return self.stepper(case, compiled=variant == "compile")

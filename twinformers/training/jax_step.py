@@ -1,0 +1,209 @@
+"""A training step for every causal Flax twin: one compiled program from the batch to the new weights.
+
+The state is given up and returned. Micro-batches follow one another in a scan, blocks are computed again in
+the backward pass by policy, and the cross-entropy takes the sequence piece by piece: a piece's gradient is
+taken at once, so that the logits of the whole never exist and no product of the head is made twice.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.extend.core import Var
+
+from jax_models.layers import at_least_float32, subkey
+from jax_models.random import fold_in, key
+from twinformers.training.adamw import AdamW, optax_adamw
+from twinformers.training.step import Batch, Metrics, StepOptions, check_batch, check_model, random_batch
+
+POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+#: On a CPU, XLA drops what keeps a recomputation from being moved ahead, and the memory stays as it was.
+CPU_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+
+
+class State(NamedTuple):
+    """What an update changes, and what it reads besides. A step consumes it: go on with the one it returns."""
+
+    params: Any  # the master weights, a nested dictionary
+    fixed: Any  # what does not train, alike
+    optimizer: Any  # optax's state, the moments in it
+    updates: int  # made so far
+
+
+def make_step(model: Any, recipe: AdamW, **options: Any) -> Step:
+    """A training step: `state = step.init(model)`, then `state, metrics = step(state, batch)`.
+
+    `model` gives the structure and may be abstract; `options` are fields of `StepOptions`. Raises UsageError
+    for a bad option, a model that is no language model, and weights narrower than float32.
+    """
+    return Step(model, recipe, StepOptions(**options))
+
+
+class Step:
+    """The compiled step of one model structure; see `make_step`."""
+
+    def __init__(self, model: Any, recipe: AdamW, options: StepOptions):
+        # vs torch: split once and pass pure leaves; see jax_models.functional
+        self._graphdef, params, _ = nnx.split(model, nnx.Param, ...)
+        self._computing = self._graphdef
+        if options.compute_dtype is not None:
+            # Flax's layers keep the dtype that they were made with, and would cast back to it.
+            narrow = partial(type(model), model.config, dtype=jnp.dtype(options.compute_dtype))
+            self._computing = nnx.graphdef(nnx.eval_shape(lambda: narrow(rngs=nnx.Rngs(0))))
+        check_model(model.config, {x.dtype.name for x in jax.tree.leaves(params)})
+        self._config, self._recipe, self._options = model.config, recipe, options
+        self._optimizer, self._clip = optax_adamw(recipe)
+        on_cpu = all(isinstance(x, jax.Array) and x.platform() == "cpu" for x in jax.tree.leaves(params))
+        self._compiled = jax.jit(
+            self._update,
+            donate_argnums=(0, 1),
+            compiler_options=CPU_OPTIONS if on_cpu and options.remat != "none" else None,
+        )
+
+    def init(self, model: Any) -> State:
+        """The state before the first update, with a copy of the model's weights: the model stays whole."""
+        _, params, fixed = nnx.split(model, nnx.Param, ...)
+        params, fixed = (jax.tree.map(jnp.copy, nnx.to_pure_dict(x)) for x in (params, fixed))
+        return State(params, fixed, self._optimizer.init(params), 0)
+
+    def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        """One update. Raises UsageError for a batch that does not fit."""
+        params, optimizer, metrics = self._compiled(*self._arguments(state, batch))
+        return State(params, state.fixed, optimizer, state.updates + 1), metrics
+
+    def lower(self, state: State, batch: Batch) -> Any:
+        """The step for a state and a batch of these shapes, lowered and not run: what compilers analyse."""
+        return self._compiled.lower(*self._arguments(state, batch))
+
+    def model(self, state: State) -> Any:
+        """The twin with the state's weights, which are its own until the next step consumes them."""
+        return nnx.merge(self._graphdef, state.params, state.fixed)
+
+    def _arguments(self, state: State, batch: Batch) -> tuple[Any, ...]:
+        check_batch(batch, self._config.vocab_size, self._options.accumulate)
+        number = state.updates + 1
+        return state.params, state.optimizer, state.fixed, batch, self._recipe.rate(number), number
+
+    def _twin(self, params: Any, fixed: Any) -> Any:
+        """The model as it computes: in the dtype asked for, its blocks computed again where asked for."""
+        dtype = self._options.compute_dtype
+        if dtype is not None:
+            params, fixed = jax.tree.map(lambda x: x.astype(dtype), (params, fixed))
+        model = nnx.merge(self._computing, params, fixed)
+        if self._options.remat != "none":
+            _rematerialise(model, POLICIES[self._options.remat])
+        return model
+
+    def _update(self, params, optimizer, fixed, batch, rate, number):
+        accumulate, seed = self._options.accumulate, self._options.seed
+        targets = jnp.where(batch.positions >= 0, batch.targets, -1)  # [B, T]
+        # One mean over the whole batch: micro-batches and pieces may hold different numbers of real tokens.
+        total = jnp.maximum(jnp.sum(targets >= 0), 1)
+        update_key = None if seed is None else fold_in(key(seed), number)
+
+        def learn(carry, micro):
+            index, tokens, positions, targets = micro
+
+            def hidden(params):
+                twin = self._twin(params, fixed)
+                return twin.hidden(tokens, positions, key=subkey(update_key, index))[0]
+
+            x, back = jax.vjp(hidden, params)  # [B/n, T, D]
+            loss, of_head, of_x = self._cross_entropy(params, fixed, x, targets, total)
+            (of_hidden,) = back(of_x)
+            return jax.tree.map(jnp.add, carry, (loss, _plus(of_hidden, of_head))), None
+
+        # Row r goes to micro-batch r mod n, so that each of them is spread over devices as the batch is.
+        micros = [x.reshape(-1, accumulate, x.shape[1]).swapaxes(0, 1) for x in (*batch[:2], targets)]
+        nothing = jnp.zeros((), optax.tree.dtype(params)), jax.tree.map(jnp.zeros_like, params)
+        (loss, gradients), _ = jax.lax.scan(learn, nothing, (jnp.arange(accumulate), *micros))
+        # As a number of the state's own kind, which is not Python's: else the second step compiles again.
+        optimizer.hyperparams["learning_rate"] = jnp.asarray(rate, loss.dtype)
+        changes, optimizer = self._optimizer.update(self._clip(gradients), optimizer, params)
+        metrics = Metrics(loss, optax.tree.norm(gradients))
+        return jax.tree.map(jnp.add, params, changes), optimizer, metrics
+
+    def _cross_entropy(self, params, fixed, x, targets, total):
+        """Loss over `total` tokens, its gradients by the head's leaves (by number) and by x. [B, T, D]"""
+        leaves, tree = jax.tree.flatten(params)
+
+        def cost(mine, x, targets):
+            merged = tree.unflatten([mine.get(n, leaf) for n, leaf in enumerate(leaves)])
+            # The cast is made here, so that the pieces' gradients add up in the dtype of the weights.
+            return _cost(self._twin(merged, fixed).head(x), targets) / total
+
+        B, T, D = x.shape
+        size = min(self._options.chunk or T, T)
+        rest = -T % size
+        pieces = (
+            jnp.pad(x, ((0, 0), (0, rest), (0, 0))).reshape(B, -1, size, D).swapaxes(0, 1),
+            jnp.pad(targets, ((0, 0), (0, rest)), constant_values=-1).reshape(B, -1, size).swapaxes(0, 1),
+        )  # [T/size, B, size, D], [T/size, B, size]
+
+        def learn(carry, piece):
+            loss, (of_mine, of_x) = jax.value_and_grad(cost, argnums=(0, 1))(mine, *piece)
+            return jax.tree.map(jnp.add, carry, (loss, of_mine)), of_x
+
+        mine = {n: leaves[n] for n in _read(cost, dict(enumerate(leaves)), *(p[0] for p in pieces))}
+        nothing = jnp.zeros((), optax.tree.dtype(params)), jax.tree.map(jnp.zeros_like, mine)
+        (loss, of_mine), of_x = jax.lax.scan(learn, nothing, pieces)
+        return loss, of_mine, of_x.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
+
+
+def _cost(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross-entropy summed over the targets, in at least float32. [B, T, V], [B, T] -> []"""
+    wide = jax.nn.log_softmax(logits.astype(at_least_float32(logits.dtype)), axis=-1)
+    chosen = jnp.take_along_axis(wide, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]  # [B, T]
+    return -jnp.sum(jnp.where(targets >= 0, chosen, 0))
+
+
+def _read(function: Any, leaves: dict[int, Any], *args: Any) -> list[int]:
+    """Which of the leaves a function looks at: the gradients of all others are zeros not worth carrying."""
+    jaxpr = jax.make_jaxpr(function)(leaves, *args).jaxpr
+    used = {v for equation in jaxpr.eqns for v in equation.invars if isinstance(v, Var)}
+    return [n for n, v in zip(leaves, jaxpr.invars, strict=False) if v in used]
+
+
+def _plus(tree: Any, more: dict[int, Any]) -> Any:
+    """A tree with more added to some of its leaves, by number."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten([x + more[n] if n in more else x for n, x in enumerate(leaves)])
+
+
+def _rematerialise(model: Any, policy: Any) -> None:
+    """Let every block of a model store only what the policy says; the model is one trace's own."""
+    for blocks in vars(model).values():
+        for block in blocks if isinstance(blocks, nnx.List) else ():
+            block.__class__ = _rematerialised(type(block), policy)
+
+
+def _rematerialised(cls: Any, policy: Any) -> type:
+    # vs torch: Python looks a call up in the class, so one instance changes by getting a class of its own
+    def call(self, *args, **kwargs):
+        # Closed over: a block takes indices and caches that are no arrays, beside those that are.
+        return jax.checkpoint(lambda: cls.__call__(self, *args, **kwargs), policy=policy)()
+
+    return type(cls.__name__, (cls,), {"__call__": call})
+
+
+def measure(model: Any, batch: int, length: int, repeats: int, **options: Any) -> float:
+    """Median seconds of a training step on `batch` rows of `length` random tokens; `options` of the step."""
+    step = make_step(model, AdamW(), **options)
+    state, data = step.init(model), random_batch(model.config, batch, length)
+    state, _ = jax.block_until_ready(step(state, data))  # compiles
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(step(state, data))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
