@@ -494,7 +494,7 @@ MISTAKES = {
         lambda monkeypatch: check_memory_of_blocks("jax"),
     ),
     "torch: no block computed again": (
-        Edit(f"{TORCH}:_rematerialising", 'if remat != "none"', 'if remat == "all"'),
+        Edit(f"{TORCH}:_rematerialising", 'remat != "none"', 'remat == "all"'),
         lambda monkeypatch: check_memory_of_blocks("torch"),
     ),
     "jax: logits of the whole": (

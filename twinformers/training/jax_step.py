@@ -32,7 +32,7 @@ CPU_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 class State(NamedTuple):
-    """What an update changes, and what it reads besides. A step consumes it: go on with the one it returns."""
+    """What an update changes, and what it reads besides. A step consumes it and returns the next."""
 
     params: Any  # the master weights, a nested dictionary
     fixed: Any  # what does not train, alike

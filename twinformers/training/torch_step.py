@@ -126,7 +126,7 @@ class Step:
     def _cross_entropy(
         self, compute: Any, x: torch.Tensor, targets: torch.Tensor, total: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss over `total` tokens and its gradient by x; the head's gradients go to its parameters. [B, T, D]"""
+        """Loss over `total` tokens and its gradient by x; the head's go to its parameters. [B, T, D]"""
         size = self._options.chunk or x.shape[1]
         loss, of_x = torch.zeros((), device=x.device), []
         for piece, wanted in zip(x.detach().split(size, 1), targets.split(size, 1), strict=True):
@@ -162,8 +162,8 @@ def _hand_over(master: nn.Parameter, narrow: nn.Parameter) -> None:
 @contextlib.contextmanager
 def _rematerialising(model: Any, remat: str) -> Iterator[None]:
     """While it lasts, every block of a model stores only what the policy says."""
-    blocks = [block for blocks in model.children() if isinstance(blocks, nn.ModuleList) for block in blocks]
-    blocks = [(block, type(block)) for block in blocks if remat != "none"]
+    lists = [child for child in model.children() if isinstance(child, nn.ModuleList) and remat != "none"]
+    blocks = [(block, type(block)) for blocks in lists for block in blocks]
     for block, cls in blocks:
         block.__class__ = _rematerialised(cls, remat)
     try:
