@@ -330,7 +330,7 @@ def test_strict_refuses_by_name(to, bad, tmp_path, caplog):
     change(tmp_path / "hf", NORM, [1, bad])
     with pytest.raises(WeightsError, match="not finite") as caught:
         port(tmp_path / "hf", tmp_path / "out", to=to, strict=True)
-    name = {"hf": NORM, "torch": "norm.weight", "jax": "norm.scale"}[to]
+    name = f"{tmp_path / 'hf' / 'model.safetensors'}: {NORM}"
     assert caught.value.where == name and "1" in caught.value.found
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
     with caplog.at_level(logging.WARNING):

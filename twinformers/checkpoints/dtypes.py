@@ -152,12 +152,12 @@ class Ledger:
             if self.strict:
                 raise WeightsError(
                     "a weight is not finite",
-                    where=entry.name,
+                    where=entry.source or entry.name,
                     expected="finite values only, as --strict asks",
                     found=f"{nans} NaN, {infinities} infinite",
                     hint="it is damaged or its training diverged; port without --strict to keep it",
                 )
-            log.warning("%s: %d values are NaN, %d infinite", entry.name, nans, infinities)
+            log.warning("%s: %d values are NaN, %d infinite", entry.source or entry.name, nans, infinities)
 
     def _raw(self, entry: Entry) -> np.ndarray:
         array = entry.produce()

@@ -78,7 +78,9 @@ def entries(checkpoint: Checkpoint, side: str, dtype: str) -> list[Entry]:
         if len(stored) > 1:  # the parts of one tensor must agree before they are joined
             common = numpy_dtype(widest({stored_dtype("keep", s) for s in stored}))
             read = partial(_read_as, checkpoint, common)
-        result.append(Entry(name, parts[0].shape(side), kept, partial(produce, name, read)))
+        origin = ", ".join(dict.fromkeys(leaf.name(checkpoint.side) for leaf in parts))
+        where = f"{checkpoint.tensors[parts[0].name(checkpoint.side)].file or checkpoint.source}: {origin}"
+        result.append(Entry(name, parts[0].shape(side), kept, partial(produce, name, read), where))
     return result
 
 

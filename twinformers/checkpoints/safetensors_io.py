@@ -261,13 +261,15 @@ def _check_layout(header: Mapping[str, _Described], size: int, path: Path) -> No
 class Entry:
     """A tensor to be written: its place in the header is known before it is produced.
 
-    `produce` gives it in its shape; the dtype and the layout in memory may still be those of its source.
+    `produce` gives it in its shape; the dtype and the layout in memory may still be those of where it comes
+    from. That is what `source` says, by file and name.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     produce: Callable[[], np.ndarray]
+    source: str = ""
 
     @property
     def bytes(self) -> int:

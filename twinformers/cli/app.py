@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -23,7 +24,16 @@ app = typer.Typer(
 Source = Annotated[
     str, typer.Argument(help="A path, preset:NAME[@SEED], demo, or a hub id org/name[@revision].")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
+
+
+def _no_bars(json: bool) -> bool:
+    """The hub's progress bars are not for machines either."""
+    if json:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    return json
+
+
+Json = Annotated[bool, typer.Option("--json", callback=_no_bars, help="Print JSON alone on stdout.")]
 Text = Optional[str]  # noqa: UP045  (typer resolves annotations at run time)
 
 

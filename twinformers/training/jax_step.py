@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -54,12 +53,13 @@ class Step:
 
     def __init__(self, model: Any, recipe: AdamW, options: StepOptions):
         # vs torch: split once and pass pure leaves; see jax_models.functional
-        self._graphdef, params, _ = nnx.split(model, nnx.Param, ...)
-        self._computing = self._graphdef
+        graphdef, params, _ = _split(model)
+        self._graphdef = self._computing = graphdef
         if options.compute_dtype is not None:
             # Flax's layers keep the dtype that they were made with, and would cast back to it.
-            narrow = partial(type(model), model.config, dtype=jnp.dtype(options.compute_dtype))
-            self._computing = nnx.graphdef(nnx.eval_shape(lambda: narrow(rngs=nnx.Rngs(0))))
+            cls, dtype = type(model), jnp.dtype(options.compute_dtype)
+            narrow = nnx.eval_shape(lambda: cls(model.config, dtype=dtype, rngs=nnx.Rngs(0)))
+            self._computing = nnx.graphdef(narrow)
         check_model(model.config, {x.dtype.name for x in jax.tree.leaves(params)})
         self._config, self._recipe, self._options = model.config, recipe, options
         self._optimizer, self._clip = optax_adamw(recipe)
@@ -72,8 +72,8 @@ class Step:
 
     def init(self, model: Any) -> State:
         """The state before the first update, with a copy of the model's weights: the model stays whole."""
-        _, params, fixed = nnx.split(model, nnx.Param, ...)
-        params, fixed = (jax.tree.map(jnp.copy, nnx.to_pure_dict(x)) for x in (params, fixed))
+        _, params, fixed = _split(model)
+        params, fixed = jax.tree.map(jnp.copy, (params, fixed))
         return State(params, fixed, self._optimizer.init(params), 0)
 
     def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -135,10 +135,10 @@ class Step:
 
     def _cross_entropy(self, params, fixed, x, targets, total):
         """Loss over `total` tokens, its gradients by the head's leaves (by number) and by x. [B, T, D]"""
-        leaves, tree = jax.tree.flatten(params)
+        leaves, structure = jax.tree.flatten(params)
 
         def cost(mine, x, targets):
-            merged = tree.unflatten([mine.get(n, leaf) for n, leaf in enumerate(leaves)])
+            merged = jax.tree.unflatten(structure, [mine.get(n, leaf) for n, leaf in enumerate(leaves)])
             # The cast is made here, so that the pieces' gradients add up in the dtype of the weights.
             return _cost(self._twin(merged, fixed).head(x), targets) / total
 
@@ -160,6 +160,12 @@ class Step:
         return loss, of_mine, of_x.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
 
 
+def _split(model: Any) -> tuple[Any, Any, Any]:
+    """The structure, what trains and what does not, the latter two as nested dictionaries."""
+    graphdef, params, fixed = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(fixed)
+
+
 def _cost(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Cross-entropy summed over the targets, in at least float32. [B, T, V], [B, T] -> []"""
     wide = jax.nn.log_softmax(logits.astype(at_least_float32(logits.dtype)), axis=-1)
@@ -177,7 +183,7 @@ def _read(function: Any, leaves: dict[int, Any], *args: Any) -> list[int]:
 def _plus(tree: Any, more: dict[int, Any]) -> Any:
     """A tree with more added to some of its leaves, by number."""
     leaves, structure = jax.tree.flatten(tree)
-    return structure.unflatten([x + more[n] if n in more else x for n, x in enumerate(leaves)])
+    return jax.tree.unflatten(structure, [x + more[n] if n in more else x for n, x in enumerate(leaves)])
 
 
 def _rematerialise(model: Any, policy: Any) -> None:

@@ -34,16 +34,14 @@ class StepOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value, choices in (
-            ("remat", self.remat, REMAT),
-            ("compute_dtype", self.compute_dtype, (None, *COMPUTE)),
-        ):
-            if value not in choices:
-                expected = ", ".join(map(str, choices))
+        choices = {"remat": REMAT, "compute_dtype": (None, *COMPUTE)}
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                expected = ", ".join(map(str, allowed))
                 raise UsageError("unknown value", where=name, expected=expected, found=repr(value))
-        for name, value, least in (("accumulate", self.accumulate, 1), ("chunk", self.chunk or 1, 1)):
-            if value < least:
-                raise UsageError("bad value", where=name, expected="a positive number", found=str(value))
+        for name, count in {"accumulate": self.accumulate, "chunk": self.chunk}.items():
+            if count is not None and count < 1:
+                raise UsageError("bad value", where=name, expected="a positive number", found=str(count))
 
 
 class Batch(NamedTuple):

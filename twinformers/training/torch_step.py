@@ -155,15 +155,16 @@ def _cost(model: Any, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def _hand_over(master: nn.Parameter, narrow: nn.Parameter) -> None:
     """Add a gradient to that of the master weight as soon as it is known, and forget it."""
-    gradient, narrow.grad = narrow.grad, None
+    gradient: Any = narrow.grad
     master.grad = gradient.to(master.dtype) if master.grad is None else master.grad.add_(gradient)
+    narrow.grad = None
 
 
 @contextlib.contextmanager
 def _rematerialising(model: Any, remat: str) -> Iterator[None]:
     """While it lasts, every block of a model stores only what the policy says."""
     lists = [child for child in model.children() if isinstance(child, nn.ModuleList) and remat != "none"]
-    blocks = [(block, type(block)) for blocks in lists for block in blocks]
+    blocks: list[tuple[Any, Any]] = [(block, type(block)) for blocks in lists for block in blocks]
     for block, cls in blocks:
         block.__class__ = _rematerialised(cls, remat)
     try:
