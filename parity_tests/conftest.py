@@ -8,6 +8,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # each test compiles what it measures
 
 
 def pytest_addoption(parser):

@@ -387,3 +387,15 @@ def test_command_ends_quietly_when_nobody_reads_on(arguments, unbuffered, read):
         assert child.stderr.read() == ""
     # A small output may have been written whole before the reader went away.
     assert child.wait(timeout=60) == 141 or (read and child.returncode == 0)
+
+
+def test_generate_keeps_its_compilations(model, tmp_path):
+    """A second process finds on disk what the first one compiled, and compiles nothing."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_LOG_COMPILES": "0"}
+    environment |= {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [SCRIPT, "generate", str(model), "--prompt", "w3 w5", "--max-new-tokens", "4", "--json"]
+    folder, kept = tmp_path / "twinformers" / "jax", []
+    for _ in range(2):
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+        kept.append({p.name for p in folder.iterdir() if "atime" not in p.name})
+    assert kept[0] and kept[0] == kept[1]

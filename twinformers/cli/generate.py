@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from typing import Any
 
 from twinformers.cli.output import print_json
 from twinformers.configs import Sampling
-from twinformers.generation import generate
+from twinformers.generation import generate, keep_compilations
 
 
 def run(
@@ -21,6 +22,8 @@ def run(
     dtype: str,
     json: bool,
 ) -> None:
+    if framework in ("jax", "both") and importlib.util.find_spec("jax"):
+        keep_compilations()
     speaking = ""
 
     def show(name: str, piece: str) -> None:
