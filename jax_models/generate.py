@@ -123,9 +123,7 @@ class Generator:
         chosen, cache = self._step(
             self._params, tokens, positions, lengths - 1, cache, seed, 0, sampling=sampling
         )
-        stops = np.full(
-            bucket(len(stop_tokens)), -1, np.int32
-        )  # few lengths, few compilations
+        stops = np.full(bucket(len(stop_tokens)), -1, np.int32)  # few lengths, few compilations
         stops[: len(stop_tokens)] = stop_tokens
         running, out, count = np.ones(len(prompts), bool), np.asarray(chosen)[:, None], 1
         while True:

@@ -63,7 +63,9 @@ def bench(
     chosen = _installed(frameworks)
     if not cases:
         raise UsageError("there is nothing to measure", where="task", expected="at least one case")
-    with opened(source) as checkpoint, tempfile.TemporaryDirectory(prefix="twinformers-bench-") as room:
+    # A compiler that was ended may still be writing.
+    temporary = tempfile.TemporaryDirectory(prefix="twinformers-bench-", ignore_cleanup_errors=True)
+    with temporary as room, opened(source) as checkpoint:
         config: Any = checkpoint.config
         if config.kind != "causal":
             raise UsageError(
@@ -139,7 +141,7 @@ class _Bench:
         self._say("the weights as a Hugging Face folder")
         self._folder = str(_folder(checkpoint, layers, self._dtype, self._room))
         with ExitStack() as stack:
-            self._workers = {name: self._worker(name, COLD) for name in self._frameworks}
+            self._workers = {name: self._worker(name, self._caches() | COLD) for name in self._frameworks}
             for worker in self._workers.values():
                 stack.callback(worker.close)
             for name, worker in self._workers.items():
@@ -229,6 +231,8 @@ class _Bench:
         return self.about[way.framework]["platform"]
 
     def _worker(self, name: str, environment: Mapping[str, str]) -> Worker:
+        # What they leave, should they be ended, goes with the room.
+        environment = {**environment, "TMPDIR": str(self._room)}
         return Worker(name, self._folder, self._dtype, self._devices[name], environment)
 
     def _caches(self) -> dict[str, str]:
