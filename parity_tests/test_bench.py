@@ -26,7 +26,7 @@ from twinformers.benchmarks.memory import forget_peak, resident
 from twinformers.benchmarks.page import HEAD, TITLE, check_report, markdown, write_report
 from twinformers.benchmarks.plots import write_plots
 from twinformers.benchmarks.process import Worker
-from twinformers.benchmarks.results import BenchResult, Row, compared, peak, row
+from twinformers.benchmarks.results import BenchResult, Row, compared, limited, peak, row
 from twinformers.benchmarks.running import Way, bench, interleaved
 from twinformers.cli.app import run
 from twinformers.configs import preset
@@ -203,22 +203,25 @@ def measured(*seconds, **more):
 
 def test_row_by_hand():
     runs = measured(0.5, 4.0, 2.0, device_bytes=5)
-    found = row(DECODE, "jax", "", runs, 10.0, ("bandwidth", 60.0), 120.0)
+    found = row(DECODE, "jax", "", runs, 10.0)
     assert (found.seconds, found.runs, found.tokens_per_second) == (2.0, [0.5, 4.0, 2.0], 2 * 8 / 2.0)
-    assert (found.bound, found.fraction) == ("bandwidth", 60 / 2 / 120)
+    part = limited(found, ("bandwidth", 60.0), {"cpu": {"bandwidth": {"jax": 100.0, "numpy": 120.0}}}, "cpu")
+    assert (part.bound, part.fraction) == ("bandwidth", 60 / 2 / 120)
+    assert limited(found, None, {}, "cpu") == limited(found, ("matrix", 1.0), {}, "cpu") == found
     assert (found.compile_seconds, found.peak_bytes, found.device_bytes) == (10.0 - 3.0, 9, 5)
-    assert row(DECODE, "jax", "", measured(1.0, 2.0), None, None, None).seconds == 1.5
-    assert row(Case(task="load"), "jax", "", runs, 1.0, None, None).tokens_per_second is None
+    assert row(DECODE, "jax", "", measured(1.0, 2.0), None).seconds == 1.5
+    assert row(Case(task="load"), "jax", "", runs, 1.0).tokens_per_second is None
 
 
 def test_what_is_too_short_is_no_figure():
-    found = row(DECODE, "jax", "", measured(-0.1, -0.2, 5.0), 1.0, ("bandwidth", 1.0), 1.0)
-    assert "too short" in found.error and found.seconds is found.fraction is found.tokens_per_second is None
+    found = row(DECODE, "jax", "", measured(-0.1, -0.2, 5.0), 1.0)
+    assert "too short" in found.error and found.seconds is found.tokens_per_second is None
+    assert limited(found, ("matrix", 1.0), {"cpu": {"matrix": {"jax": 1.0}}}, "cpu").fraction is None
 
 
 def test_ratio_is_to_the_fastest_of_transformers():
     def of(framework, variant, seconds):
-        return row(DECODE, framework, variant, measured(seconds) if seconds else [], None, None, None)
+        return row(DECODE, framework, variant, measured(seconds) if seconds else [], None)
 
     rows = [of("jax", "", 1.0), of("transformers", "eager", 8.0), of("transformers", "sdpa", 2.0)]
     assert [r.ratio for r in compared(rows)] == [2.0, 0.25, 1.0]
@@ -526,6 +529,7 @@ class Fake:
     """A worker without a process, which notes what it is asked and never compiles in time."""
 
     asked: list
+    peak = 0.0
 
     def __init__(self, framework, *options):
         self.framework, self.about = framework, {"platform": "cpu", "device": "cpu", "threads": 1}
@@ -535,7 +539,8 @@ class Fake:
 
     def ask(self, method, limit=None, *, case=None, variant=""):
         if method == "peaks":
-            return {"bandwidth": {self.framework: 100.0}, "matrix": {self.framework: 100.0}}
+            self.peak += 50.0  # the second time is the best
+            return {"bandwidth": {self.framework: self.peak}, "matrix": {self.framework: self.peak}}
         self.asked.append((f"{self.framework} {variant}".rstrip(), method))
         if variant == "compile":
             raise WorkerError("no answer within 4 s", where=self.framework)

@@ -48,11 +48,9 @@ def row(
     variant: str,
     measured: Sequence[Mapping[str, Any]],
     first: float | None,
-    work: tuple[str, float] | None,
-    peak: float | None,
     error: str = "",
 ) -> Row:
-    """The row of what was measured: `first` is the first run's seconds, `work` what `cost` says."""
+    """The row of what was measured; `first` is the first run's seconds."""
     runs = [m["seconds"] for m in measured]
     empty = Row(case, framework, variant, runs, error=error)
     if error or not runs:
@@ -65,8 +63,6 @@ def row(
         empty,
         seconds=seconds,
         tokens_per_second=case.produced / seconds if case.produced else None,
-        bound=work[0] if work else "",
-        fraction=work[1] / seconds / peak if work and peak else None,
         compile_seconds=None if first is None else max(0.0, first - steady),
         peak_bytes=max(m["peak_bytes"] for m in measured),
         device_bytes=max((m["device_bytes"] for m in measured if m.get("device_bytes")), default=None),
@@ -77,6 +73,14 @@ def compared(rows: Sequence[Row]) -> list[Row]:
     """The rows of one case with their ratio to the fastest of transformers' own."""
     theirs = [r.seconds for r in rows if r.framework == "transformers" and r.seconds]
     return [replace(r, ratio=min(theirs) / r.seconds) if theirs and r.seconds else r for r in rows]
+
+
+def limited(row: Row, work: tuple[str, float] | None, peaks: Peaks, platform: str) -> Row:
+    """The row with its part of the limit: `work` is what `cost` says."""
+    best = peak(peaks, platform, work[0]) if work else None
+    if not work or not best or not row.seconds:
+        return row
+    return replace(row, bound=work[0], fraction=work[1] / row.seconds / best)
 
 
 def peak(peaks: Peaks, platform: str, what: str) -> float | None:

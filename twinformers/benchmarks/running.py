@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from twinformers.benchmarks.cases import FRAMEWORKS, Case, fits, known, positive
 from twinformers.benchmarks.cost import BYTES, cost
 from twinformers.benchmarks.process import Worker, first_token
-from twinformers.benchmarks.results import BenchResult, Peaks, Row, compared, peak, row
+from twinformers.benchmarks.results import BenchResult, Peaks, Row, compared, limited, row
 from twinformers.checkpoints import Checkpoint, opened, port
 from twinformers.checkpoints.preset import PresetCheckpoint
 from twinformers.errors import MissingDependency, UsageError, WorkerError
@@ -81,7 +81,7 @@ def bench(
         for layers, group in itertools.groupby(cases, key=lambda case: case.layers):
             with bench_.crew(checkpoint, layers):
                 for case in group:
-                    rows += bench_.rows(config, case)
+                    rows += bench_.rows(case)
         return BenchResult(
             checkpoint.source,
             config.architecture,
@@ -90,7 +90,7 @@ def bench(
             repeats,
             facts(bench_.about),
             bench_.peaks,
-            rows,
+            bench_.limited(config, rows),
         )
 
 
@@ -147,13 +147,12 @@ class _Bench:
             for name, worker in self._workers.items():
                 self._say(f"{name} loads")
                 worker.start(self._limit)
-                if name not in self.about:
-                    self.about[name] = worker.about
-            if not self.peaks:
-                self._measure_peaks()
+                self.about[name] = worker.about
+            self._measure_peaks()
             yield
+            self._measure_peaks()
 
-    def rows(self, config: Any, case: Case) -> list[Row]:
+    def rows(self, case: Case) -> list[Row]:
         """Every implementation's row for a case."""
         ways = [Way(name, variant) for name in self._frameworks for variant in case.variants(name)]
         errors: dict[Way, str] = {}
@@ -165,13 +164,17 @@ class _Bench:
         found, failed = interleaved([w for w in ways if w not in errors], measure, self._repeats)
         for worker in self._workers.values():
             worker.forget()
-        work = cost(config, case, self._dtype)
-        rows = []
-        for way in ways:
-            best = peak(self.peaks, self._platform(way), work[0]) if work else None
-            error = (errors | failed).get(way, "")
-            rows.append(row(case, *way, found.get(way, []), firsts.get(way), work, best, error))
-        return compared(rows)
+        errors |= failed
+        return compared(
+            [row(case, *way, found.get(way, []), firsts.get(way), errors.get(way, "")) for way in ways]
+        )
+
+    def limited(self, config: Any, rows: Sequence[Row]) -> list[Row]:
+        """The rows with their part of the limits, once all of these are measured."""
+        return [
+            limited(r, cost(config, r.case, self._dtype), self.peaks, self.about[r.framework]["platform"])
+            for r in rows
+        ]
 
     def _prepared(
         self, case: Case, ways: Sequence[Way], errors: dict[Way, str], firsts: dict[Way, float]
@@ -219,16 +222,15 @@ class _Bench:
         return measure
 
     def _measure_peaks(self) -> None:
+        """What the machine can do at its best: before and after the cases, since other work may disturb."""
         for name, worker in self._workers.items():
             if name == "transformers" and "torch" in self._workers:
                 continue  # it would measure the same
             self._say(f"bandwidth and matrix products in {name}")
             here = self.peaks.setdefault(worker.about["platform"], {"bandwidth": {}, "matrix": {}})
             for what, values in worker.ask("peaks", self._limit).items():
-                here[what].update(values)
-
-    def _platform(self, way: Way) -> str:
-        return self.about[way.framework]["platform"]
+                for by, value in values.items():
+                    here[what][by] = max(value, here[what].get(by, 0.0))
 
     def _worker(self, name: str, environment: Mapping[str, str]) -> Worker:
         # What they leave, should they be ended, goes with the room.
