@@ -538,6 +538,8 @@ class Fake:
         self.asked.append((self.framework, "start"))
 
     def ask(self, method, limit=None, *, case=None, variant=""):
+        if method == "peaks" and self.framework == "torch":
+            raise WorkerError("no memory", where=self.framework)
         if method == "peaks":
             self.peak += 50.0  # the second time is the best
             return {"bandwidth": {self.framework: self.peak}, "matrix": {self.framework: self.peak}}
@@ -571,6 +573,7 @@ def test_the_run_prepares_then_measures_in_turn_then_lets_go(monkeypatch):
     ] * 2
     assert [r.compile_seconds for r in found.rows] == [0.0, None, 0.0] * 2
     assert found.rows[0].fraction == cost(TINY, TRAIN, "float32")[1] / 2 / 100
+    assert found.facts["limits in torch"] == "not measured: torch: no memory"
 
 
 def test_command(capsys):
