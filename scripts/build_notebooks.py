@@ -5,6 +5,7 @@ A source is a notebook in jupytext's percent format. Cells with one of these tit
     # %% magic                                          the cell that defines %%twin (notebooks/src/_magic.py)
     # %% twin: layers.visible, layers.attend            these definitions from jax_models/ and torch_models/
     # %% both: errors.UsageError                        these definitions from twinformers/
+    # %% torch: layers.Linear                           what only PyTorch needs
     # %% both: configs.llama.LlamaConfig[validate]      a class with its fields and of its methods only these
     # %% both: configs.llama.PRESETS[llama2-7b]         a dictionary with only these keys
     # %% twin: training.SIDE_trainer.smoothed_loss      from twinformers/, with the side's name put in
@@ -49,6 +50,7 @@ PACKAGES = ("jax_models", "torch_models", "twinformers")
 #: Where a directive's definitions come from: (the argument of %%twin, the package).
 SIDES = {
     "twin": (("jax", "jax_models"), ("torch", "torch_models")),
+    "torch": (("torch", "torch_models"),),
     "both": (("both", "twinformers"),),
 }
 METADATA = {
@@ -267,7 +269,7 @@ def build(source: Path) -> NotebookNode:
             raise FormatError(
                 "unknown directive",
                 where=definitions.where,
-                expected="magic, twin: NAMES or both: NAMES",
+                expected="magic, twin: NAMES, torch: NAMES or both: NAMES",
                 found=title,
             )
         else:

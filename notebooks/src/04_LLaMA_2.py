@@ -386,6 +386,12 @@ check(answer, lambda a: abs(a - 2 * np.pi / shared.PRESETS["llama2-7b"].rotary_f
 # *Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202. Its conclusion credits divine
 # benevolence.*
 
+# %% [markdown]
+# PyTorch is told in which order to multiply: for few rows a CPU reads the weight three times as fast when it stands
+# on the left. XLA chooses by itself, so Flax's `nnx.Linear` stays as it is.
+
+# %% torch: layers.Linear
+
 # %% twin: llama.MLP
 
 # %%

@@ -105,7 +105,7 @@ class WeightsFolder(FolderCheckpoint):
 
     def __init__(self, source: str, folder: Path, *, side: str = "", kinds: Sequence[Kind] = KINDS):
         super().__init__(source, folder)
-        found = [k for k in kinds if (folder / k.single).exists() or (folder / k.index).exists()]
+        found = [k for k in kinds if any(os.path.lexists(folder / name) for name in (k.single, k.index))]
         if not found:
             raise SourceError(
                 "no weights in the folder",
