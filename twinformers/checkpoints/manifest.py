@@ -23,7 +23,7 @@ _CHUNK = 4 << 20
 #: Pieces that may wait for their sum; each holds its memory.
 _PENDING = 4
 #: Bytes after which a file is told to reach the disk, if it is not on its way already.
-_SYNCED = 256 << 20
+_SYNCED = 64 << 20
 
 #: Told how many bytes have been read, and how many there are.
 OnBytes = Callable[[int, int], None]
