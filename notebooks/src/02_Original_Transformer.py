@@ -384,8 +384,8 @@ check(answer, lambda a: a == 0)
 # %% twin: layers.attend, layers.constrain
 
 # %% [markdown]
-# PyTorch is told in which order to multiply: for few rows a CPU reads the weight three times as fast when it stands
-# on the left. XLA chooses by itself, so Flax's `nnx.Linear` stays as it is.
+# PyTorch is told in which order to multiply: for few rows a CPU reads the weight three times as fast when it
+# stands on the left. XLA chooses by itself, so Flax's `nnx.Linear` stays as it is.
 
 # %% torch: layers.Linear
 
