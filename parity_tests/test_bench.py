@@ -343,9 +343,9 @@ def test_nothing_is_measured_unprepared(workers):
 
 
 def test_an_error_leaves_the_worker_alive(workers):
-    pid = workers["torch"]._child.pid
     with pytest.raises(WorkerError, match="more positions"):
         workers["torch"].ask("prepare", case=replace(PREFILL, tokens=2000).to_dict(), variant="")
+    pid = workers["torch"]._child.pid  # of the process that this first question started
     with pytest.raises(WorkerError, match="AttributeError"):
         workers["torch"].ask("dance")
     assert workers["torch"]._child.pid == pid

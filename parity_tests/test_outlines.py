@@ -50,7 +50,7 @@ EXCEPTIONS = (
     Only("torch", "*", r".*: argument [*]?device(=None)?", "torch creates on a device, JAX places at jit"),
     Only("jax", "*", r"\w+\.__init__: self\.scale", "Flax names the leaf of a norm scale"),
     Only("torch", "*", r"\w+\.__init__: self\.weight", "torch names the leaf of a norm weight"),
-    Only("jax", "generate", r"Generator\.__init__: self\._(params|step)", "the step is compiled, split once"),
+    Only("jax", "generate", r"STEPS|Generator\.__init__: self\._(params|step|loop)", "compiled, split once"),
     Only("torch", "generate", r"Generator\.(__init__: self\._model|_step.*)", "the step is a method"),
     Only("torch", "layers", r"FEW_ROWS|(class )?[Ll]inear\b.*", "XLA orders a product itself, torch is told"),
     Only("torch", "*", r"from models.layers import [Ll]inear", "the same"),
