@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import pytest
@@ -37,3 +38,12 @@ def _highest_precision():
 
     with jax.default_matmul_precision("highest"):
         yield
+
+
+@pytest.fixture
+def own_logging():
+    """`run` configures logging for a process of its own; other tests are not to see it."""
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = before

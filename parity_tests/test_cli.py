@@ -6,7 +6,6 @@ Verbs run in this process where they can; a few go through the installed command
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shlex
@@ -28,13 +27,7 @@ TINY = "preset:llama-tiny"
 VERBS = sorted(get_command(app).commands)
 
 
-@pytest.fixture(autouse=True)
-def _logging():
-    """`run` configures logging for a process of its own; other tests are not to see it."""
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = before
+pytestmark = pytest.mark.usefixtures("own_logging")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from twinformers.checkpoints import Checkpoint, opened, port
 from twinformers.checkpoints.preset import PresetCheckpoint
 from twinformers.errors import MissingDependency, UsageError, WorkerError
 from twinformers.loading import Source
+from twinformers.parity.page import installed
 from twinformers.weight_maps import weight_map
 
 NEEDED = {"jax": "flax", "torch": "torch", "transformers": "transformers"}
@@ -276,12 +276,7 @@ def _folder(checkpoint: Checkpoint, layers: int | None, dtype: str, room: Path) 
 
 def facts(about: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Versions, machine, and where each framework ran with how many threads."""
-    found = {"Python": platform.python_version()}
-    for package in VERSIONS:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
+    found = installed(VERSIONS)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found["machine"] = f"{platform.system()} {platform.machine()}, {_processor()}, {cores} cores"
     found["load when it ended"] = f"{os.getloadavg()[0]:.1f}"

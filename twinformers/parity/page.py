@@ -13,7 +13,7 @@ import os
 import platform
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -191,6 +191,17 @@ def failures(checks: Sequence[CheckResult]) -> list[Failure]:
     return found
 
 
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of Python and of packages, by name."""
+    versions = {"Python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
 def facts(
     report: Any, checkpoint: Checkpoint | None, referred: bool, jax_device: Any, torch_device: Any
 ) -> dict[str, str]:
@@ -198,12 +209,7 @@ def facts(
     import jax
     import torch
 
-    versions = {"Python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    versions = installed(PACKAGES)
     on_jax = find_device("jax", jax_device) or jax.devices()[0]
     on_torch = find_device("torch", torch_device) or torch.get_default_device()
     card = f" ({torch.cuda.get_device_name(on_torch)})" if on_torch.type == "cuda" else ""
