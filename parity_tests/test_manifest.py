@@ -7,17 +7,11 @@ import os
 import random
 import shutil
 import subprocess
-import time
-import weakref
-from functools import partial
 
-import numpy as np
 import pytest
 
 from twinformers import load, port
-from twinformers.checkpoints import layout, manifest, open_checkpoint
-from twinformers.checkpoints.dtypes import Ledger
-from twinformers.checkpoints.safetensors_io import Entry, write_safetensors
+from twinformers.checkpoints import manifest, open_checkpoint
 from twinformers.cli.app import run
 from twinformers.errors import FormatError, IntegrityError, SourceError
 
@@ -56,61 +50,6 @@ def test_result_and_check_name_the_same_files(kind, folders, tmp_path):
         if p.is_file() and p.name != SUMS
     }
     assert result.files == manifest.check(tmp_path / "out") == expected
-
-
-class Slow:
-    """A checksum that takes its time: what waits for it is what may wait at most."""
-
-    def __init__(self):
-        self.sum = hashlib.new("sha256")
-
-    def update(self, data):
-        time.sleep(0.04)
-        self.sum.update(data)
-
-    def hexdigest(self):
-        return self.sum.hexdigest()
-
-
-def test_sum_beside_the_writing_holds_few_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest.hashlib, "sha256", Slow)
-    alive = weakref.WeakValueDictionary()
-
-    def piece(n):
-        array = np.full(1000, n, np.uint8)
-        alive[id(array)] = array
-        return array
-
-    most = 0
-    with manifest.HashedFile(tmp_path / "a") as file:
-        for n in range(12):
-            file.write(piece(n))
-            most = max(most, len(alive))
-        file.catch_up()
-        assert 2 < most <= 6 and len(alive) <= 1  # the executor's thread may still hold the last one
-        digest = file.close()
-    monkeypatch.undo()
-    assert digest == hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
-    assert (tmp_path / "a").read_bytes() == b"".join(bytes([n]) * 1000 for n in range(12))
-
-
-def test_a_large_tensor_waits_until_nothing_else_is_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest.hashlib, "sha256", Slow)
-    monkeypatch.setattr(layout, "PIECE_BYTES", 4000)
-    alive, held = weakref.WeakValueDictionary(), []
-
-    def produce(rows):
-        time.sleep(0.02)  # a thread that is done lets go a moment later
-        held.append(len(alive))
-        array = np.ones((rows, 100), np.float32)
-        alive[id(array)] = array
-        return array
-
-    entries = [
-        Entry(f"{n}", (r, 100), "float32", partial(produce, r)) for n, r in enumerate((40, 40, 50, 100))
-    ]
-    write_safetensors(tmp_path / "a.safetensors", entries, {}, Ledger())
-    assert held == [0, 1, 1, 0]  # smaller ones are read while the sum of the last one is taken
 
 
 def test_names_that_sha256sum_escapes(tmp_path):

@@ -67,7 +67,8 @@ def new_file(dest: Path, *, overwrite: bool = False, sources: Sequence[str] = ()
         written = temporary / place.name
         yield written
         sums, kept = manifest.beside(place), temporary / "old"
-        manifest.write_beside(written)
+        if not manifest.beside(written).exists():  # whoever wrote the file may have taken its sum on the way
+            manifest.write_beside(written)
         _settle(temporary)
         check()
         if os.path.lexists(sums):

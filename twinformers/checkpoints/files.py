@@ -7,9 +7,12 @@ configuration of many gigabytes.
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -73,6 +76,22 @@ def _check_inside(path: Path, folder: Path) -> None:
         )
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No collection of garbage meanwhile: what is parsed is held anyway.
+
+    The collector walks everything that lives again and again while many small objects come up. For a header
+    of 80,000 tensors that is two thirds of the time, and more where the process holds much else.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def read_file(path: Path, folder: Path | None = None, limit: int = MAX_TEXT) -> bytes:
     """The content of a small file, of at most `limit` bytes. Raises FormatError where it cannot be read."""
     with open_file(path, folder) as file:
@@ -104,7 +123,8 @@ def json_object(content: bytes, where: str, *, unique: bool = False) -> dict[str
         return result
 
     try:
-        value = json.loads(content, object_pairs_hook=pairs if unique else None)
+        with uncollected():
+            value = json.loads(content, object_pairs_hook=pairs if unique else None)
     except (ValueError, RecursionError) as error:
         raise FormatError("not readable as JSON", where=where, found=str(error)) from None
     if not isinstance(value, dict):

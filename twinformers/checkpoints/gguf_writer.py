@@ -6,11 +6,12 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from twinformers.checkpoints.base import Checkpoint
 from twinformers.checkpoints.dtypes import Ledger, numpy_dtype
 from twinformers.checkpoints.gguf import gguf_package
+from twinformers.checkpoints.hashed_file import HashedFile
 from twinformers.checkpoints.safetensors_io import Entry
 from twinformers.errors import ConfigError, WeightsError
 
@@ -69,8 +70,8 @@ def write_gguf(
     plan: Sequence[Entry],
     ledger: Ledger,
     on_tensor: Callable[[Entry], None] = lambda entry: None,
-) -> None:
-    """Write one file out of a `gguf_plan`, holding one tensor in memory at a time.
+) -> str:
+    """Write one file out of a `gguf_plan`, holding one tensor in memory at a time, and give its SHA-256.
 
     Raises the errors of `gguf_metadata` before the file exists, MissingDependency without the gguf package.
     """
@@ -86,17 +87,19 @@ def write_gguf(
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        (file,) = writer.fout
-        writer.write_padding(file, file.tell())
+        (head,) = writer.fout
+        writer.write_padding(head, head.tell())
+    finally:
+        writer.close()
+    with HashedFile(path, append=True) as file:
         for e in plan:
             _write(file, e, ledger)
             writer.write_padding(file, e.bytes)
             on_tensor(e)
-    finally:
-        writer.close()
+        return file.close()
 
 
-def _write(file: BinaryIO, entry: Entry, ledger: Ledger) -> None:
+def _write(file: HashedFile, entry: Entry, ledger: Ledger) -> None:
     """Its own function, so that nothing of a tensor is left when the next one is made."""
     import numpy as np
 

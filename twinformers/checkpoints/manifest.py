@@ -8,11 +8,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from twinformers.checkpoints.files import open_file, read_file
 from twinformers.errors import FormatError, IntegrityError, SourceError
@@ -20,67 +18,16 @@ from twinformers.errors import FormatError, IntegrityError, SourceError
 SUMS = "SHA256SUMS"
 _LINE = re.compile(r"(\\?)([0-9a-f]{64}) [ *]([^\0\n]+)\n")
 _CHUNK = 4 << 20
-#: Pieces that may wait for their sum; each holds its memory.
-_PENDING = 4
-#: Bytes after which a file is told to reach the disk, if it is not on its way already.
-_SYNCED = 64 << 20
 
 #: Told how many bytes have been read, and how many there are.
 OnBytes = Callable[[int, int], None]
-
-
-class HashedFile:
-    """A new file whose sum is computed in a thread beside the writing, so that it is never read again.
-
-    Another thread has it reach the disk from early on, so that nobody waits long for the last part.
-    """
-
-    def __init__(self, path: Path):
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  (closed by its own __exit__)
-        self._sum = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1)
-        self._pending: deque[Future[None]] = deque()
-        self._disk = ThreadPoolExecutor(1)
-        self._reached: Future[None] | None = None
-        self._since = 0
-
-    def write(self, data: Any) -> None:
-        """Append bytes. They must not change afterwards: their sum may still have to be taken."""
-        view = memoryview(data).cast("B")
-        if len(self._pending) >= _PENDING:
-            self._pending.popleft().result()
-        self._pending.append(self._thread.submit(self._sum.update, view))
-        self._since += len(view)
-        while view:
-            view = view[self._file.write(view) :]
-        if self._since >= _SYNCED and (self._reached is None or self._reached.done()):
-            self._reached, self._since = self._disk.submit(os.fsync, self._file.fileno()), 0
-
-    def catch_up(self) -> None:
-        """Return when the sum has been taken of all that was written; nothing is held after that."""
-        while self._pending:
-            self._pending.popleft().result()
-
-    def close(self) -> str:
-        """The sum, in hexadecimal digits."""
-        self.catch_up()
-        self._thread.shutdown()
-        self._disk.shutdown()
-        self._file.close()
-        return self._sum.hexdigest()
-
-    def __enter__(self) -> HashedFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def write(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
     """Write `SHA256SUMS` for all files of the folder; those whose sums are `known` are not read."""
     names = _names(folder)
     with ThreadPoolExecutor(2) as threads:  # hashing leaves Python to the others
-        found = threads.map(lambda name: known.get(name) or _sum(folder / name), names)
+        found = threads.map(lambda name: known.get(name) or sha256(folder / name), names)
         sums = dict(zip(names, found, strict=True))
     (folder / SUMS).write_bytes(_text(sums))
     return sums
@@ -91,8 +38,9 @@ def beside(file: Path) -> Path:
     return file.with_name(file.name + ".sha256")
 
 
-def write_beside(file: Path) -> None:
-    beside(file).write_bytes(_text({file.name: _sum(file)}))
+def write_beside(file: Path, known: str = "") -> None:
+    """Write `NAME.sha256`; a file whose sum is `known` is not read."""
+    beside(file).write_bytes(_text({file.name: known or sha256(file)}))
 
 
 def read(place: Path) -> dict[str, str]:
@@ -155,7 +103,7 @@ def check(place: Path, on_bytes: OnBytes = lambda done, total: None) -> dict[str
         on_bytes(done, total)
 
     for name, expected in sums.items():
-        if (found := _sum(folder / name, folder, told)) != expected:
+        if (found := sha256(folder / name, folder, told)) != expected:
             raise IntegrityError(
                 "the file is not the one that was written",
                 where=str(folder / name),
@@ -175,7 +123,10 @@ def _names(folder: Path) -> list[str]:
     return sorted(name for name in found if name != SUMS)
 
 
-def _sum(path: Path, folder: Path | None = None, on_bytes: Callable[[int], None] = lambda count: None) -> str:
+def sha256(
+    path: Path, folder: Path | None = None, on_bytes: Callable[[int], None] = lambda count: None
+) -> str:
+    """The sum of a file, in hexadecimal digits. Raises FormatError where it cannot be read."""
     result = hashlib.sha256()
     buffer = bytearray(_CHUNK)
     with open_file(path, folder) as file:

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinformers.checkpoints import manifest
-from twinformers.checkpoints.atomic import new_file, new_folder, sync_all
+from twinformers.checkpoints.atomic import new_file, new_folder
 from twinformers.checkpoints.base import Checkpoint
 from twinformers.checkpoints.dtypes import Ledger, Loss, cast, check_dtype, numpy_dtype, stored_dtype, widest
 from twinformers.checkpoints.files import json_object
@@ -223,17 +222,14 @@ def _orbax(job: Job) -> None:
     from twinformers.checkpoints.orbax import write_orbax
 
     _write_company(job)
-    write_orbax(job.path, job.entries, job.ledger, job.told)
-    with ThreadPoolExecutor(1) as beside:
-        reached = beside.submit(sync_all, job.path)  # the disk has time while the sums are taken
-        manifest.write(job.path, {})
-        reached.result()
+    manifest.write(job.path, write_orbax(job.path, job.entries, job.ledger, job.told))
 
 
 def _gguf(job: Job) -> None:
     from twinformers.checkpoints.gguf_writer import write_gguf
 
-    write_gguf(job.path, job.checkpoint, job.entries, job.ledger, job.told)
+    digest = write_gguf(job.path, job.checkpoint, job.entries, job.ledger, job.told)
+    manifest.write_beside(job.path, digest)
 
 
 def _gguf_entries(plan: list[Entry]) -> list[Entry]:

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from twinformers.checkpoints.atomic import sync
 from twinformers.checkpoints.base import TensorInfo
 from twinformers.checkpoints.dtypes import Ledger, numpy_dtype
-from twinformers.checkpoints.files import open_file
+from twinformers.checkpoints.files import open_file, uncollected
+from twinformers.checkpoints.hashed_file import HashedFile
 from twinformers.checkpoints.layout import empty
-from twinformers.checkpoints.manifest import HashedFile
 from twinformers.errors import FormatError
 
 if TYPE_CHECKING:
@@ -70,8 +70,9 @@ class SafetensorsFiles:
         self._seen: dict[Path, tuple[int, ...]] = {}
         self._closed = False
         try:
-            for file in self.files:
-                self._add(file)
+            with uncollected():
+                for file in self.files:
+                    self._add(file)
         except BaseException:
             self.close()
             raise
@@ -285,7 +286,6 @@ def write_safetensors(
 ) -> str:
     """Write one file, holding at most one large tensor in memory, and give its SHA-256."""
     entries = list(entries)
-    large = max(e.bytes for e in entries) // 2
     header: dict[str, object] = {METADATA: dict(metadata)}
     offset = 0
     for e in entries:
@@ -300,8 +300,6 @@ def write_safetensors(
     with HashedFile(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for e in entries:
-            if e.bytes > large:
-                file.catch_up()  # what waits for its sum is held in memory
             _write_tensor(file, e, ledger)
             on_tensor(e)
         return file.close()

@@ -32,7 +32,7 @@ MAX_TEMPLATE = 1 << 18
 MAX_VALUE = 1 << 20
 MAX_WORK = 1 << 27
 MAX_BITS = 4096
-MAX_SECONDS = 1.5
+MAX_SECONDS = 1.0
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
