@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+
 import jax
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 import jax_models.layers
 import jax_models.llama
 import torch_models.llama
-from twinformers import verify
+from twinformers import port, verify
+from twinformers.checkpoints.preset import PresetCheckpoint
+from twinformers.cli.app import run
+from twinformers.configs import preset
 from twinformers.errors import UsageError
 from twinformers.parity import rounding
 from twinformers.parity.emulation import to_bfloat16, to_tf32
@@ -55,6 +62,44 @@ def test_mistake_in_both_twins_is_caught_by_the_reference(monkeypatch):
     for module in (jax_models.llama, torch_models.llama):
         monkeypatch.setattr(module, "rotate", lambda x, cos, sin: x)
     assert {check for check, _ in failures(checks=["activations", "reference"])} == {"reference"}
+
+
+@pytest.fixture
+def square(tmp_path):
+    """A model whose query projection is square, and a copy in which somebody transposed one of them."""
+    config = preset("llama-tiny").replace(head_dim=8)
+    original = PresetCheckpoint("square", config)
+    port(original, tmp_path / "right", to="hf")
+    shutil.copytree(tmp_path / "right", tmp_path / "wrong")
+    file, name = tmp_path / "wrong" / "model.safetensors", "model.layers.1.self_attn.q_proj.weight"
+    tensors = load_file(file)
+    assert tensors[name].shape == (48, 48)
+    tensors[name] = np.ascontiguousarray(tensors[name].T)
+    save_file(tensors, file, {"format": "pt"})
+    return tmp_path
+
+
+def test_a_transposed_square_matrix_is_caught_against_the_original(square, capsys):
+    options = {"dtypes": ["float64"], "checks": ["logits", "reference"]}
+    assert verify(square / "wrong", **options).ok  # every shape fits, and all three read the same file
+    assert verify(square / "right", against=square / "right", **options).ok
+    for source in ("wrong", "right"):
+        against = square / ("right" if source == "wrong" else "wrong")
+        report = verify(square / source, against=against, **options)
+        failed = [r.path for r in report.checks if not r.ok and r.check == "reference" and r.left == "jax"]
+        assert not report.ok and failed[:2] == ["", "layers.1.attn.q_proj"]
+        assert all(r.ok for r in report.checks if r.check == "logits")  # the twins agree with each other
+    command = ["verify", str(square / "wrong"), "--against", str(square / "right"), "--dtype", "float64"]
+    assert run([*command, "--check", "reference"]) == 1
+    assert run([*command, "--check", "gradients", "--check", "reference"]) == 1
+    capsys.readouterr()
+
+
+def test_what_is_no_original_is_refused(square, tmp_path):
+    with pytest.raises(UsageError, match="against: head_dim"):
+        verify("preset:llama-tiny", against=square / "right")
+    with pytest.raises(UsageError, match="the check `reference`"):
+        verify(square / "right", against=square / "right", checks=["logits"])
 
 
 @pytest.mark.parametrize("twin", ["jax", "torch"])

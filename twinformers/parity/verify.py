@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -37,16 +38,22 @@ def verify(
     *,
     dtypes: Sequence[str] = ("float64", "float32"),
     checks: Sequence[str] = CHECKS,
+    against: Source | None = None,
     jax_device: Any = None,
     torch_device: Any = None,
+    attention: str = "einsum",
     steps: int = 20,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> VerifyReport:
     """Compare the twins with each other, with themselves in float64, and with transformers.
 
-    `steps` is the number of updates of `training` (each from the same state) and `training-run`.
+    `against` is where the weights come from, if `source` was made of it: transformers gets its weights and
+    not those of the source, so that what was lost or laid out wrongly on the way is found. `attention` is how
+    the twins compute it: "einsum" or "fused", as in `load`. `steps` is the number of updates of `training`
+    (each from the same state) and `training-run`.
 
-    Raises UsageError for an unknown check, dtype or device, MissingDependency where a framework or (for
+    Raises UsageError for an unknown check, dtype or device, for an `against` that is another architecture or
+    that no check looks at, MissingDependency where a framework or (for
     `reference`) transformers is not installed, and the errors of the source.
     """
     for name in checks:
@@ -58,36 +65,64 @@ def verify(
     if steps < 1:
         raise UsageError("bad value", where="steps", expected="a positive integer", found=str(steps))
     devices = {"jax": find_device("jax", jax_device), "torch": find_device("torch", torch_device)}
-    with opened(source) as checkpoint:
+    with contextlib.ExitStack() as stack:
+        checkpoint = stack.enter_context(opened(source))
+        original = checkpoint if against is None else stack.enter_context(opened(against))
+        if against is not None:
+            _check_comparable(checkpoint, original, checks)
         inputs = kind(checkpoint.config).inputs(checkpoint.config)
         results: list[CheckResult] = []
         for dtype in sorted(dict.fromkeys(dtypes), key=lambda d: d != "float64"):
             if set(checks) & set(CHECKS):
-                results += _forward(checkpoint, dtype, inputs, checks, devices, on_progress)
+                results += _forward(
+                    checkpoint, original, dtype, inputs, checks, devices, attention, on_progress
+                )
             if "gradients" in checks:
                 on_progress(f"{dtype}: gradients")
-                results += _gradients(checkpoint, dtype, inputs, devices, checks)
+                results += _gradients(checkpoint, original, dtype, inputs, devices, checks, attention)
             for check in ("training", "training-run"):
                 if check in checks:
-                    results += _training(check, checkpoint, dtype, devices, steps, on_progress)
+                    results += _training(check, checkpoint, dtype, devices, steps, attention, on_progress)
         return VerifyReport(
             all(r.ok for r in results), checkpoint.source, checkpoint.config.architecture, results
         )
 
 
+def _check_comparable(checkpoint: Checkpoint, original: Checkpoint, checks: Sequence[str]) -> None:
+    """Raise UsageError where the original could not be seen, or is no original of the source."""
+    if original.config.hf_class is None or "reference" not in checks:
+        raise UsageError(
+            "the original is compared by the check `reference`, which is not made here",
+            where="against",
+            expected="that check, and an architecture that transformers has",
+            found=", ".join(checks),
+        )
+    if checkpoint.config != original.config:
+        ours, theirs = (asdict(c.config) for c in (checkpoint, original))
+        field = next((f for f in ours if f not in theirs or ours[f] != theirs[f]), "architecture")
+        raise UsageError(
+            "the two are not the same model",
+            where=f"against: {field}",
+            expected=f"{ours.get(field, checkpoint.config.architecture)!r:.100}, as {checkpoint.source} has",
+            found=f"{theirs.get(field, original.config.architecture)!r:.100}",
+        )
+
+
 def _forward(
     checkpoint: Checkpoint,
+    original: Checkpoint,
     dtype: str,
     inputs: Inputs,
     checks: Sequence[str],
     devices: Mapping[str, Any],
+    attention: str,
     on_progress: Callable[[str], None],
 ) -> list[CheckResult]:
     """Everything that follows from what the models compute: no gradient is taken."""
     on_progress(f"{dtype}: Flax")
-    jx = run_jax(checkpoint, dtype, devices["jax"], inputs, checks)
+    jx = run_jax(checkpoint, dtype, devices["jax"], inputs, checks, attention)
     on_progress(f"{dtype}: PyTorch")
-    pt = run_torch(checkpoint, dtype, devices["torch"], inputs, checks)
+    pt = run_torch(checkpoint, dtype, devices["torch"], inputs, checks, attention)
     results: list[CheckResult] = []
     twins = {"jax": jx, "torch": pt}
     lazy = Rounding(checkpoint, dtype, inputs)
@@ -107,7 +142,12 @@ def _forward(
         for name, run in twins.items():
             if run.cached is not None:
                 add("cache", name, name, "", run.cached, run.logits)
-    beside = "rounding" in checks and dtype != "float64" and has_reference(checkpoint.config)
+    beside = (
+        original is checkpoint
+        and "rounding" in checks
+        and dtype != "float64"
+        and has_reference(checkpoint.config)
+    )
     asked = "reference" in checks
     if asked and checkpoint.config.hf_class is None:
         # Said, not passed over: nothing independent was asked about this model.
@@ -118,7 +158,7 @@ def _forward(
         asked = False
     if asked or beside:
         on_progress(f"{dtype}: transformers")
-        hf_logits, hf_activations = record_reference(checkpoint, inputs, dtype)
+        hf_logits, hf_activations = record_reference(original, inputs, dtype)
     if asked:
         for name, run in twins.items():
             add("reference", name, "transformers", "", run.logits, hf_logits)
@@ -145,6 +185,7 @@ def _training(
     dtype: str,
     devices: dict[str, Any],
     steps: int,
+    attention: str,
     on_progress: Callable[[str], None],
 ) -> list[CheckResult]:
     """One result for each update: its worst parameter, over weights and moments, and the loss."""
@@ -159,6 +200,7 @@ def _training(
             devices,
             recipe,
             free=check == "training-run",
+            attention=attention,
             on_progress=lambda text: on_progress(f"{dtype}: {check}, {text}"),
         ):
             left, right = np.asarray(losses["jax"]), np.asarray(losses["torch"])
@@ -178,10 +220,12 @@ def _training(
 
 def _gradients(
     checkpoint: Checkpoint,
+    original: Checkpoint,
     dtype: str,
     inputs: Inputs,
     devices: Mapping[str, Any],
     checks: Sequence[str],
+    attention: str,
 ) -> list[CheckResult]:
     """Of every parameter and every submodule's output: the twins, and Flax against transformers."""
     import torch
@@ -191,17 +235,17 @@ def _gradients(
     calls = kind(checkpoint.config)
     place = devices["torch"]
     with jax_precision(dtype):
-        jx = gradients_jax(load(checkpoint, "jax", dtype, devices["jax"]), checkpoint, inputs)
+        model = load(checkpoint, "jax", dtype, devices["jax"], attention=attention)
+        jx = gradients_jax(model, checkpoint, inputs)
     arguments = [torch.from_numpy(x).to(place) for x in inputs]
-    pt = gradients_torch(
-        load(checkpoint, "torch", dtype, place), checkpoint, inputs, lambda m: m(*arguments)[0]
-    )
+    model = load(checkpoint, "torch", dtype, place, attention=attention)
+    pt = gradients_torch(model, checkpoint, inputs, lambda m: m(*arguments)[0])
     results = _compare_gradients(dtype, "torch", jx.parameters, pt.parameters)
     results += _compare_gradients(dtype, "torch", _real(jx.outputs, inputs), _real(pt.outputs, inputs))
     if "reference" in checks and checkpoint.config.hf_class is not None:
         with precise(dtype):
             hf = gradients_torch(
-                reference_model(checkpoint, dtype),
+                reference_model(original, dtype),
                 checkpoint,
                 inputs,
                 lambda m: calls.reference(m, inputs, getattr(torch, dtype)),
