@@ -16,6 +16,7 @@ from flax import nnx
 
 from jax_models.layers import (
     KVCache,
+    Linear,
     at_least_float32,
     attend,
     attention_weights,
@@ -48,10 +49,10 @@ class SelfAttention(nnx.Module):
         D, H = hidden_size, head_dim
         self.head_dim, self.causal, self.window = head_dim, causal, window
         # vs torch: a kernel is [in, out], and initial values come from an explicit random key
-        self.q_proj = nnx.Linear(D, H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
-        self.k_proj = nnx.Linear(D, H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
-        self.v_proj = nnx.Linear(D, H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
-        self.o_proj = nnx.Linear(H, D, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
+        self.q_proj = Linear(D, H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(D, H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(D, H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(H, D, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
 
     def weights(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """How much each token takes from each other one, at least float32. [B, T, D] -> [B, T, S]"""
@@ -85,10 +86,11 @@ class MultiHeadAttention(nnx.Module):
     ):
         D, N, H = hidden_size, num_heads, head_dim
         self.head_dim, self.causal, self.window = head_dim, causal, window
-        self.q_proj = nnx.Linear(D, N * H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
-        self.k_proj = nnx.Linear(D, N * H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
-        self.v_proj = nnx.Linear(D, N * H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
-        self.o_proj = nnx.Linear(N * H, D, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
+        self.attend = attend  # `fused.use_attention` puts another here
+        self.q_proj = Linear(D, N * H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(D, N * H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(D, N * H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(N * H, D, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
 
     def weights(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """How much each token takes from each other one, per head. [B, T, D] -> [B, N, T, S]"""
@@ -102,7 +104,8 @@ class MultiHeadAttention(nnx.Module):
         q = self.q_proj(x).reshape(B, T, -1, self.head_dim)  # [B, T, N, H]
         k = self.k_proj(x).reshape(B, T, -1, self.head_dim)  # [B, T, K, H]
         v = self.v_proj(x).reshape(B, T, -1, self.head_dim)  # [B, T, K, H]
-        x = attend(q, k, v, visible(positions, positions, self.window, causal=self.causal))  # [B, T, N, H]
+        mask = visible(positions, positions, self.window, causal=self.causal)  # [B, T, S]
+        x = self.attend(q, k, v, mask)  # [B, T, N, H]
         return self.o_proj(x.reshape(B, T, -1))  # [B, T, D]
 
 
@@ -127,10 +130,11 @@ class CachedMultiHeadAttention(nnx.Module):
     ):
         D, N, H = hidden_size, num_heads, head_dim
         self.num_heads, self.head_dim, self.window = num_heads, head_dim, window
-        self.q_proj = nnx.Linear(D, N * H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
-        self.k_proj = nnx.Linear(D, N * H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
-        self.v_proj = nnx.Linear(D, N * H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
-        self.o_proj = nnx.Linear(N * H, D, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
+        self.attend = attend
+        self.q_proj = Linear(D, N * H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(D, N * H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(D, N * H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(N * H, D, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
 
     def weights(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """How much each token takes from each other one, without a cache. [B, T, D] -> [B, N, T, S]"""
@@ -151,7 +155,7 @@ class CachedMultiHeadAttention(nnx.Module):
             slots, cache = place(positions, cache, self.window)
             cache = store(cache, 0, slots, k, v)
             k, v, key_positions = cache.k[0], cache.v[0], cache.positions  # [B, S+1, N, H], [B, S+1]
-        x = attend(q, k, v, visible(positions, key_positions, self.window))  # [B, T, N, H]
+        x = self.attend(q, k, v, visible(positions, key_positions, self.window))  # [B, T, N, H]
         return self.o_proj(x.reshape(B, T, -1)), cache  # [B, T, D]
 
     def empty_cache(self, batch: int, length: int) -> KVCache:
@@ -190,8 +194,8 @@ class MultiQueryAttention(MultiHeadAttention):
         )
         # All that changes: a token has one key and one value, not one per head.
         D, H = hidden_size, head_dim
-        self.k_proj = nnx.Linear(D, H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
-        self.v_proj = nnx.Linear(D, H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(D, H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(D, H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
 
 
 class GroupedQueryAttention(MultiHeadAttention):
@@ -231,5 +235,5 @@ class GroupedQueryAttention(MultiHeadAttention):
             rngs=rngs,
         )
         D, K, H = hidden_size, num_kv_heads, head_dim
-        self.k_proj = nnx.Linear(D, K * H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
-        self.v_proj = nnx.Linear(D, K * H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(D, K * H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(D, K * H, use_bias=use_bias, param_dtype=dtype, rngs=rngs)

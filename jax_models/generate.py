@@ -10,12 +10,29 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jax_models.layers import at_least_float32
 from jax_models.random import fold_in, gumbel, key
 from twinformers.configs import Sampling
 from twinformers.configs._sampling import bucket, check_prompts
 
 #: Steps of one compiled loop: text appears in pieces of so many tokens.
 STEPS = 8
+
+
+def note(seen: jax.Array, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    """Mark each row's tokens as seen. [B, V], [B, T], [B, T] -> [B, V]"""
+    # Padding is on the right: it counts as the row's first token, which is marked anyway.
+    tokens = jnp.where(positions >= 0, tokens, tokens[:, :1])
+    return seen.at[jnp.arange(len(tokens))[:, None], tokens].set(True)
+
+
+def penalise(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
+    """Divide the logits of seen tokens by the penalty, or multiply those below 0. [B, V], [B, V] -> same
+
+    Keskar et al. 2019 (arXiv:1909.05858), section 4.1; in at least float32, so that no tie arises.
+    """
+    logits = logits.astype(at_least_float32(logits.dtype))
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def choose(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
@@ -52,37 +69,41 @@ class Generator:
         graphdef, state = nnx.split(model)
         self._params = nnx.to_pure_dict(state)
 
-        def step(params, tokens, positions, last, cache, key, count, sampling):
+        def step(params, tokens, positions, last, cache, seen, key, count, sampling):
             model = nnx.merge(graphdef, params)
             x, cache = model.hidden(tokens, positions, cache)  # [B, T, D]
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)  # [B, 1, D]
-            chosen = choose(model.head(x)[:, 0], sampling, fold_in(key, count))  # [B]
-            return chosen.astype(jnp.int32), cache
+            logits = model.head(x)[:, 0]  # [B, V]
+            if seen is not None:
+                seen = note(seen, tokens, positions)  # [B, V]
+                logits = penalise(logits, seen, sampling.repetition_penalty)
+            chosen = choose(logits, sampling, fold_in(key, count))  # [B]
+            return chosen.astype(jnp.int32), cache, seen
 
-        def loop(params, chosen, ends, running, stops, cache, key, count, most, sampling):
+        def loop(params, chosen, ends, running, stops, cache, seen, key, count, most, sampling):
             """Up to `most` steps from step `count` on, none once every row has met a stop token."""
             first = jnp.zeros_like(ends)
 
             def more(state):
-                n, _, running, _, _ = state
+                n, _, running, *_ = state
                 return (n < most) & running.any()
 
             def once(state):
-                n, chosen, running, cache, out = state
+                n, chosen, running, cache, seen, out = state
                 at = ends + count + n - 1  # [B], the position of the token chosen last
-                chosen, cache = step(
-                    params, chosen[:, None], at[:, None], first, cache, key, count + n, sampling
+                chosen, cache, seen = step(
+                    params, chosen[:, None], at[:, None], first, cache, seen, key, count + n, sampling
                 )
                 running &= ~jnp.isin(chosen, stops)
-                return n + 1, chosen, running, cache, out.at[:, n].set(chosen)
+                return n + 1, chosen, running, cache, seen, out.at[:, n].set(chosen)
 
             out = jnp.zeros((len(ends), STEPS), jnp.int32)
-            state = 0, chosen, running, cache, out
-            _, chosen, _, cache, out = jax.lax.while_loop(more, once, state)
-            return out, chosen, cache
+            state = 0, chosen, running, cache, seen, out
+            _, chosen, _, cache, seen, out = jax.lax.while_loop(more, once, state)
+            return out, chosen, cache, seen
 
-        self._step = jax.jit(step, static_argnames="sampling", donate_argnames="cache")
-        self._loop = jax.jit(loop, static_argnames="sampling", donate_argnames="cache")
+        self._step = jax.jit(step, static_argnames="sampling", donate_argnames=("cache", "seen"))
+        self._loop = jax.jit(loop, static_argnames="sampling", donate_argnames=("cache", "seen"))
 
     def warm_up(
         self,
@@ -119,9 +140,12 @@ class Generator:
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)], positions[row, : len(prompt)] = prompt, np.arange(len(prompt))
         cache = self._empty_cache(len(prompts), bucket(lengths.max() + max_new_tokens))
+        seen = None  # which is no leaf of what the loop carries
+        if sampling.repetition_penalty != 1:
+            seen = jnp.zeros((len(prompts), self.config.vocab_size), bool)  # [B, V]
         seed = key(sampling.seed)
-        chosen, cache = self._step(
-            self._params, tokens, positions, lengths - 1, cache, seed, 0, sampling=sampling
+        chosen, cache, seen = self._step(
+            self._params, tokens, positions, lengths - 1, cache, seen, seed, 0, sampling
         )
         stops = np.full(bucket(len(stop_tokens)), -1, np.int32)  # few lengths, few compilations
         stops[: len(stop_tokens)] = stop_tokens
@@ -136,7 +160,7 @@ class Generator:
                 return
             most = min(left, STEPS)
             # vs torch: the device takes several steps before it answers
-            out, chosen, cache = self._loop(
-                self._params, chosen, lengths, running, stops, cache, seed, count, most, sampling=sampling
+            out, chosen, cache, seen = self._loop(
+                self._params, chosen, lengths, running, stops, cache, seen, seed, count, most, sampling
             )
             out, count = np.asarray(out)[:, :most], count + most

@@ -13,6 +13,7 @@ from flax import nnx
 from jax_models.layers import (
     Context,
     KVCache,
+    Linear,
     RMSNorm,
     attend,
     constrain,
@@ -37,11 +38,12 @@ class Attention(nnx.Module):
             config.head_dim,
         )
         self.head_dim = H
+        self.attend = attend  # `fused.use_attention` puts another here
         # vs torch: a kernel is [in, out], and initial values come from an explicit random key
-        self.q_proj = nnx.Linear(D, N * H, use_bias=False, param_dtype=dtype, rngs=rngs)
-        self.k_proj = nnx.Linear(D, K * H, use_bias=False, param_dtype=dtype, rngs=rngs)
-        self.v_proj = nnx.Linear(D, K * H, use_bias=False, param_dtype=dtype, rngs=rngs)
-        self.o_proj = nnx.Linear(N * H, D, use_bias=False, param_dtype=dtype, rngs=rngs)
+        self.q_proj = Linear(D, N * H, use_bias=False, param_dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(D, K * H, use_bias=False, param_dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(D, K * H, use_bias=False, param_dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(N * H, D, use_bias=False, param_dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: jax.Array, context: Context, cache: KVCache | None, i: int
@@ -55,7 +57,7 @@ class Attention(nnx.Module):
         if cache is not None and context.slots is not None:
             cache = store(cache, i, context.slots, k, v)
             k, v = cache.k[i], cache.v[i]  # [B, S+1, K, H]
-        x = attend(q, k, v, context.mask)  # [B, T, N, H]
+        x = self.attend(q, k, v, context.mask)  # [B, T, N, H]
         return self.o_proj(x.reshape(B, T, -1)), cache  # [B, T, D]
 
 
@@ -64,9 +66,9 @@ class MLP(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.intermediate_size
-        self.gate_proj = nnx.Linear(D, F, use_bias=False, param_dtype=dtype, rngs=rngs)
-        self.up_proj = nnx.Linear(D, F, use_bias=False, param_dtype=dtype, rngs=rngs)
-        self.down_proj = nnx.Linear(F, D, use_bias=False, param_dtype=dtype, rngs=rngs)
+        self.gate_proj = Linear(D, F, use_bias=False, param_dtype=dtype, rngs=rngs)
+        self.up_proj = Linear(D, F, use_bias=False, param_dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(F, D, use_bias=False, param_dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)  # [B, T, F]
@@ -108,7 +110,7 @@ class Llama(nnx.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         if not config.tie_word_embeddings:
-            self.lm_head = nnx.Linear(
+            self.lm_head = Linear(
                 config.hidden_size, config.vocab_size, use_bias=False, param_dtype=dtype, rngs=rngs
             )
 

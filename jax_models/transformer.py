@@ -15,6 +15,7 @@ from jax_models.layers import (
     CrossCache,
     KVCache,
     LayerNorm,
+    Linear,
     at_least_float32,
     attend,
     constrain,
@@ -46,13 +47,13 @@ class Attention(nnx.Module):
 
     def __init__(self, config: TransformerConfig, heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         D = config.d_model
-        self.head_dim = D // heads
+        self.head_dim, self.attend = D // heads, attend  # `fused.use_attention` puts another here
         self.dropout = config.attention_dropout
         # vs torch: a kernel is [in, out], and initial values come from an explicit random key
-        self.q_proj = nnx.Linear(D, D, param_dtype=dtype, rngs=rngs)
-        self.k_proj = nnx.Linear(D, D, param_dtype=dtype, rngs=rngs)
-        self.v_proj = nnx.Linear(D, D, param_dtype=dtype, rngs=rngs)
-        self.o_proj = nnx.Linear(D, D, param_dtype=dtype, rngs=rngs)
+        self.q_proj = Linear(D, D, param_dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(D, D, param_dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(D, D, param_dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(D, D, param_dtype=dtype, rngs=rngs)
 
     def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What a sequence offers to those who attend to it. [B, S, D] -> 2 x [B, S, N, H]"""
@@ -64,7 +65,7 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         B, T, D = x.shape
         q = self.q_proj(x).reshape(B, T, -1, self.head_dim)  # [B, T, N, H]
-        x = attend(q, k, v, mask, rate=self.dropout, key=key)  # [B, T, N, H]
+        x = self.attend(q, k, v, mask, rate=self.dropout, key=key)  # [B, T, N, H]
         return self.o_proj(x.reshape(B, T, D))  # [B, T, D]
 
 
@@ -74,8 +75,8 @@ class MLP(nnx.Module):
     def __init__(self, config: TransformerConfig, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.activation = config.activation_function
         self.dropout = config.activation_dropout
-        self.fc1 = nnx.Linear(config.d_model, width, param_dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(width, config.d_model, param_dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(config.d_model, width, param_dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(width, config.d_model, param_dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         x = dropout(ACTIVATIONS[self.activation](self.fc1(x)), self.dropout, key)  # [B, T, F]
@@ -155,7 +156,7 @@ class Transformer(nnx.Module):
         self.encoder = nnx.List([EncoderLayer(c, dtype=dtype, rngs=rngs) for _ in range(c.encoder_layers)])
         self.decoder = nnx.List([DecoderLayer(c, dtype=dtype, rngs=rngs) for _ in range(c.decoder_layers)])
         if not c.tie_word_embeddings:
-            self.lm_head = nnx.Linear(D, V, use_bias=False, param_dtype=dtype, rngs=rngs)
+            self.lm_head = Linear(D, V, use_bias=False, param_dtype=dtype, rngs=rngs)
         if c.final_logits_bias:
             # vs torch: a Variable that is no Param; its gradient is stopped below
             self.final_logits_bias = nnx.Variable(jnp.zeros((1, V), dtype))

@@ -156,6 +156,16 @@ def test_generate(model, call):
     assert code == 0 and out.strip() == output["text"].strip() and err.startswith("torch: 5 tokens")
 
 
+def test_generate_in_int8_with_a_penalty(model, call):
+    arguments = ["generate", model, "--framework", "torch", "--prompt", "w3 w5 w7", "--max-new-tokens", 40]
+    tokens = [
+        as_json(call(*arguments, *more, "--json"))[1]["outputs"][0]["tokens"]
+        for more in ([], ["--quantize", "int8"], ["--repetition-penalty", "1e6"])
+    ]
+    assert tokens[0] != tokens[1] and len(set(tokens[0])) < 40
+    assert len({3, 5, 7, *tokens[2]}) == 43  # none comes again, as long as others have a chance
+
+
 @pytest.mark.slow
 def test_generate_with_both(model, call):
     code, out, err = call(
@@ -248,6 +258,11 @@ BAD = {
     "empty prompt": (["generate", "{model}", "--prompt", "", "--framework", "torch"], "a prompt is empty"),
     "generate in a bad dtype": ([*GENERATE, "--dtype", "keep"], "dtype: unknown dtype.*found: +'keep'"),
     "float64 without x64": ([*GENERATE, "--dtype", "float64"], "dtype: JAX would.*JAX_ENABLE_X64"),
+    "unknown quantisation": (
+        [*GENERATE, "--quantize", "int3"],
+        "quantize: unknown quan.*int8.*found: +'int3'",
+    ),
+    "no penalty": ([*GENERATE, "--repetition-penalty", "0"], "repetition_penalty: bad value.*found: +0"),
     "no tokenizer": (["generate", TINY, "--prompt", "hello"], f"{TINY}: .*no tokenizer.*tokenizer.json"),
     "no chat template": ([*GENERATE, "--chat"], "{model}: there is no chat template"),
     "unknown task": (["bench", TINY, "--task", "sleep"], "task: unknown task.*decode.*found: +'sleep'"),

@@ -48,19 +48,28 @@ class Only:
 EXCEPTIONS = (
     Only("jax", "*", r".*: argument \*rngs", "initial values come from an explicit key, not a global one"),
     Only("torch", "*", r".*: argument [*]?device(=None)?", "torch creates on a device, JAX places at jit"),
-    Only("jax", "*", r"\w+\.__init__: self\.scale", "Flax names the leaf of a norm scale"),
-    Only("torch", "*", r"\w+\.__init__: self\.weight", "torch names the leaf of a norm weight"),
+    Only("jax", "*", r"\w+Norm\.__init__: self\.scale", "Flax names the leaf of a norm scale"),
+    Only("jax", "*", r"\w+Linear\.__init__: self\.kernel", "Flax names the leaf of a linear layer kernel"),
+    Only("torch", "*", r"\w+\.__init__: self\.weight", "torch names both leaves weight"),
     Only("jax", "generate", r"STEPS|Generator\.__init__: self\._(params|step|loop)", "compiled, split once"),
     Only("torch", "generate", r"Generator\.(__init__: self\._model|_step.*)", "the step is a method"),
-    Only("torch", "layers", r"FEW_ROWS|(class )?[Ll]inear\b.*", "XLA orders a product itself, torch is told"),
-    Only("torch", "*", r"from models.layers import [Ll]inear", "the same"),
+    Only("torch", "layers", r"FEW_ROWS|linear\b.*", "XLA orders a product itself, torch is told"),
+    Only("torch", "*", r"from models.layers import linear", "the same"),
+    Only("jax", "quantized", r"\(FEW_ROWS, TILE\)|(whole|tiled)\b.*", "on a CPU XLA converts in tiles"),
+    Only(
+        "torch",
+        "quantized",
+        r"from models.layers import FEW_ROWS|WIDTH|(tabled|summed)\b.*|QuantizedLinear\.table",
+        "on a CPU torch sums a table of bytes",
+    ),
+    Only("jax", "fused", r"_cudnn_can.*", "torch chooses among its kernels itself"),
     Only("torch", "random", r"MASK|ROTATIONS|_threefry.*", "JAX has the generator, torch spells it out"),
 )
 
 #: How the frameworks spell what is the same; applied to both sides.
 SPELLINGS = (
     (r"\bforward\b", "__call__"),
-    (r"\b(nnx|nn)\.Module\b", "Module"),
+    (r"\b(nnx|nn)\.(Module|Linear)\b", r"\2"),
     (r"\b(jnp|jax|torch)\.(float32|float64)\b", r"\2"),
     (r"\b(jax|torch)_models\b", "models"),
 )

@@ -85,6 +85,7 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         D, N, H = hidden_size, num_heads, head_dim
         self.head_dim, self.causal, self.window = head_dim, causal, window
+        self.attend = attend  # `fused.use_attention` puts another here
         self.q_proj = Linear(D, N * H, bias=use_bias, dtype=dtype)
         self.k_proj = Linear(D, N * H, bias=use_bias, dtype=dtype)
         self.v_proj = Linear(D, N * H, bias=use_bias, dtype=dtype)
@@ -102,7 +103,8 @@ class MultiHeadAttention(nn.Module):
         q = self.q_proj(x).reshape(B, T, -1, self.head_dim)  # [B, T, N, H]
         k = self.k_proj(x).reshape(B, T, -1, self.head_dim)  # [B, T, K, H]
         v = self.v_proj(x).reshape(B, T, -1, self.head_dim)  # [B, T, K, H]
-        x = attend(q, k, v, visible(positions, positions, self.window, causal=self.causal))  # [B, T, N, H]
+        mask = visible(positions, positions, self.window, causal=self.causal)  # [B, T, S]
+        x = self.attend(q, k, v, mask)  # [B, T, N, H]
         return self.o_proj(x.reshape(B, T, -1))  # [B, T, D]
 
 
@@ -127,6 +129,7 @@ class CachedMultiHeadAttention(nn.Module):
         super().__init__()
         D, N, H = hidden_size, num_heads, head_dim
         self.num_heads, self.head_dim, self.window = num_heads, head_dim, window
+        self.attend = attend
         self.q_proj = Linear(D, N * H, bias=use_bias, dtype=dtype)
         self.k_proj = Linear(D, N * H, bias=use_bias, dtype=dtype)
         self.v_proj = Linear(D, N * H, bias=use_bias, dtype=dtype)
@@ -151,7 +154,7 @@ class CachedMultiHeadAttention(nn.Module):
             slots, cache = place(positions, cache, self.window)
             cache = store(cache, 0, slots, k, v)
             k, v, key_positions = cache.k[0], cache.v[0], cache.positions  # [B, S+1, N, H], [B, S+1]
-        x = attend(q, k, v, visible(positions, key_positions, self.window))  # [B, T, N, H]
+        x = self.attend(q, k, v, visible(positions, key_positions, self.window))  # [B, T, N, H]
         return self.o_proj(x.reshape(B, T, -1)), cache  # [B, T, D]
 
     def empty_cache(self, batch: int, length: int) -> KVCache:

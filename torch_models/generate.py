@@ -8,9 +8,26 @@ from typing import Any
 import numpy as np
 import torch
 
+from torch_models.layers import at_least_float32
 from torch_models.random import fold_in, gumbel, key
 from twinformers.configs import Sampling
 from twinformers.configs._sampling import bucket, check_prompts
+
+
+def note(seen: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Mark each row's tokens as seen. [B, V], [B, T], [B, T] -> [B, V]"""
+    # Padding is on the right: it counts as the row's first token, which is marked anyway.
+    tokens = torch.where(positions >= 0, tokens, tokens[:, :1])
+    return seen.scatter_(1, tokens.long(), True)
+
+
+def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Divide the logits of seen tokens by the penalty, or multiply those below 0. [B, V], [B, V] -> same
+
+    Keskar et al. 2019 (arXiv:1909.05858), section 4.1; in at least float32, so that no tie arises.
+    """
+    logits = logits.to(at_least_float32(logits.dtype))
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, key: torch.Tensor) -> torch.Tensor:
@@ -46,11 +63,15 @@ class Generator:
         self._model = model
 
     @torch.inference_mode()
-    def _step(self, tokens, positions, last, cache, key, count, sampling):
+    def _step(self, tokens, positions, last, cache, seen, key, count, sampling):
         x, cache = self._model.hidden(tokens, positions, cache)  # [B, T, D]
         x = torch.take_along_dim(x, last[:, None, None], dim=1)  # [B, 1, D]
-        chosen = choose(self._model.head(x)[:, 0], sampling, fold_in(key, count))  # [B]
-        return chosen.to(torch.int32), cache
+        logits = self._model.head(x)[:, 0]  # [B, V]
+        if seen is not None:
+            seen = note(seen, tokens, positions)  # [B, V]
+            logits = penalise(logits, seen, sampling.repetition_penalty)
+        chosen = choose(logits, sampling, fold_in(key, count))  # [B]
+        return chosen.to(torch.int32), cache, seen
 
     def warm_up(
         self,
@@ -88,13 +109,18 @@ class Generator:
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)], positions[row, : len(prompt)] = prompt, np.arange(len(prompt))
         cache = self._empty_cache(len(prompts), bucket(lengths.max() + max_new_tokens))
+        seen = None
+        if sampling.repetition_penalty != 1:
+            size = len(prompts), self.config.vocab_size
+            seen = torch.zeros(size, dtype=torch.bool, device=device)  # [B, V]
         seed, first = key(sampling.seed, device), torch.zeros(len(prompts), dtype=torch.int64, device=device)
         ends = torch.from_numpy(lengths).to(device)
-        chosen, cache = self._step(
+        chosen, cache, seen = self._step(
             torch.from_numpy(tokens).to(device),
             torch.from_numpy(positions).to(device),
             ends.long() - 1,
             cache,
+            seen,
             seed,
             0,
             sampling,
@@ -106,6 +132,6 @@ class Generator:
             running &= ~np.isin(out, list(stop_tokens))
             if count == max_new_tokens or not running.any():
                 return
-            chosen, cache = self._step(
-                chosen[:, None], (ends + count - 1)[:, None], first, cache, seed, count, sampling
+            chosen, cache, seen = self._step(
+                chosen[:, None], (ends + count - 1)[:, None], first, cache, seen, seed, count, sampling
             )

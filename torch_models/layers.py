@@ -20,8 +20,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-#: Up to so many rows the CPU is faster with the weight on the left.
-FEW_ROWS = 32
+FEW_ROWS = 32  # up to so many, the CPU is faster with the weight on the left
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -218,9 +217,10 @@ def attention_weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor) -> t
     """
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    q = q.reshape(B, T, K, N // K, H)  # [B, T, K, G, H]
-    scores = torch.einsum("btkgh,bskh->bkgts", q, k) * H**-0.5  # [B, K, G, T, S]
-    scores = scores.to(at_least_float32(scores.dtype))
+    # One axis R = G T for all queries of a key-value head: no product has to reorder the scores.
+    q = q.reshape(B, T, K, N // K, H).permute(0, 2, 3, 1, 4).reshape(B, K, -1, H)  # [B, K, R, H]
+    scores = torch.einsum("bkrh,bskh->bkrs", q, k) * H**-0.5  # [B, K, R, S]
+    scores = scores.to(at_least_float32(scores.dtype)).reshape(B, K, N // K, T, S)
     scores = torch.where(mask[:, None, None], scores, torch.finfo(scores.dtype).min)
     return torch.softmax(scores, dim=-1).reshape(B, N, T, S)
 
@@ -241,8 +241,8 @@ def attend(
     B, T, N, H = q.shape
     S, K = v.shape[1:3]
     weights = dropout(attention_weights(q, k, mask).to(v.dtype), rate, key)  # [B, N, T, S]
-    weights = weights.reshape(B, K, N // K, T, S)  # [B, K, G, T, S]
-    return torch.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)  # [B, T, N, H]
+    weights = weights.reshape(B, K, -1, S)  # [B, K, R, S]
+    return torch.einsum("bkrs,bskh->bkrh", weights, v).reshape(B, N, T, H).swapaxes(1, 2)  # [B, T, N, H]
 
 
 def constrain(x: torch.Tensor, name: str) -> torch.Tensor:

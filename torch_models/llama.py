@@ -39,6 +39,7 @@ class Attention(nn.Module):
             config.head_dim,
         )
         self.head_dim = H
+        self.attend = attend  # `fused.use_attention` puts another here
         # vs jax: a weight is [out, in], and initial values come from the global generator
         self.q_proj = Linear(D, N * H, bias=False, dtype=dtype)
         self.k_proj = Linear(D, K * H, bias=False, dtype=dtype)
@@ -57,7 +58,7 @@ class Attention(nn.Module):
         if cache is not None and context.slots is not None:
             cache = store(cache, i, context.slots, k, v)
             k, v = cache.k[i], cache.v[i]  # [B, S+1, K, H]
-        x = attend(q, k, v, context.mask)  # [B, T, N, H]
+        x = self.attend(q, k, v, context.mask)  # [B, T, N, H]
         return self.o_proj(x.reshape(B, T, -1)), cache  # [B, T, D]
 
 

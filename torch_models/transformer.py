@@ -49,7 +49,7 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig, heads: int, *, dtype: torch.dtype):
         super().__init__()
         D = config.d_model
-        self.head_dim = D // heads
+        self.head_dim, self.attend = D // heads, attend  # `fused.use_attention` puts another here
         self.dropout = config.attention_dropout
         # vs jax: a weight is [out, in], and initial values come from the global generator
         self.q_proj = Linear(D, D, dtype=dtype)
@@ -67,7 +67,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         B, T, D = x.shape
         q = self.q_proj(x).reshape(B, T, -1, self.head_dim)  # [B, T, N, H]
-        x = attend(q, k, v, mask, rate=self.dropout, key=key)  # [B, T, N, H]
+        x = self.attend(q, k, v, mask, rate=self.dropout, key=key)  # [B, T, N, H]
         return self.o_proj(x.reshape(B, T, D))  # [B, T, D]
 
 

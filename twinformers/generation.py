@@ -70,12 +70,14 @@ def generate(
     sampling: Sampling | None = None,
     dtype: str = "float32",
     device: Any = None,
+    attention: str = "einsum",
+    quantize: str | None = None,
     on_text: Callable[[str, str], None] | None = None,
 ) -> list[GenerateResult]:
     """Continue a prompt with "jax", "torch" or "both", one after the other; one result per framework.
 
-    `on_text(framework, piece)` receives the text as it appears. Raises UsageError for bad options and the
-    errors of loading the source.
+    `attention` and `quantize` are as in `load`. `on_text(framework, piece)` receives the text as it appears.
+    Raises UsageError for bad options and the errors of loading the source.
     """
     frameworks: Sequence[str] = FRAMEWORKS if framework == "both" else (framework,)
     if not set(frameworks) <= set(FRAMEWORKS):
@@ -88,7 +90,7 @@ def generate(
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling or Sampling()}
         results = []
         for name in frameworks:
-            model = load(checkpoint, name, dtype, device)
+            model = load(checkpoint, name, dtype, device, attention=attention, quantize=quantize)
             engine = importlib.import_module(f"{name}_models.generate").Generator(model)
             started = time.perf_counter()
             engine.warm_up([prompt_ids], **options)

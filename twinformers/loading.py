@@ -54,21 +54,34 @@ def find_device(framework: str, name: Any) -> Any:
 
 
 def load(
-    source: Source, framework: str, dtype: str = "float32", device: Any = None, *, check: bool = False
+    source: Source,
+    framework: str,
+    dtype: str = "float32",
+    device: Any = None,
+    *,
+    check: bool = False,
+    attention: str = "einsum",
+    quantize: str | None = None,
 ) -> Any:
     """The model of a source as a module: an `nnx.Module` for "jax", a `torch.nn.Module` for "torch".
 
     Call it as `logits, cache = model(tokens, positions)`. `dtype` is one of float64, float32, bfloat16,
     float16; `device` is a device of that framework or its name (default: its own default); `check` compares
-    the files with their checksums first. Raises UsageError for an unknown framework, dtype or device and for
-    float64 in JAX without x64, MissingDependency where the framework is not installed, and the errors of the
-    source.
+    the files with their checksums first; `attention` is "einsum", or "fused" for the framework's own kernels
+    (a matter of speed: the two compute the same); `quantize="int8"` rounds the weights of the linear layers
+    for decoding (`quantized.py`). Raises UsageError for an unknown framework, dtype, device, attention or
+    quantisation and for float64 in JAX without x64, MissingDependency where the framework is not installed,
+    and the errors of the source.
     """
     if framework not in FRAMEWORKS:
         raise UsageError(
             "unknown framework", where="framework", expected=" or ".join(FRAMEWORKS), found=repr(framework)
         )
     check_dtype(dtype)
+    if quantize not in (None, "int8"):
+        raise UsageError(
+            "unknown quantisation", where="quantize", expected="int8, or nothing", found=repr(quantize)
+        )
     try:
         importlib.import_module({"jax": "flax.nnx", "torch": "torch"}[framework])
     except ImportError as error:
@@ -78,10 +91,17 @@ def load(
     build = _load_jax if framework == "jax" else _load_torch
     device = find_device(framework, device)
     with opened(source, check=check) as checkpoint:
-        return build(checkpoint, dtype, device)
+        model = build(checkpoint, dtype, device, attention)
+    return importlib.import_module(f"{framework}_models.quantized").quantize(model) if quantize else model
 
 
-def _load_jax(checkpoint: Checkpoint, dtype: str, device: Any) -> Any:
+def _choose(framework: str, skeleton: Any, attention: str) -> None:
+    """Give a model its attention, before any weight is read; the default is what it was built with."""
+    if attention != "einsum":
+        importlib.import_module(f"{framework}_models.fused").use_attention(skeleton, attention)
+
+
+def _load_jax(checkpoint: Checkpoint, dtype: str, device: Any, attention: str) -> Any:
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -96,6 +116,7 @@ def _load_jax(checkpoint: Checkpoint, dtype: str, device: Any) -> Any:
     cls = getattr(importlib.import_module(f"jax_models.{config.architecture}"), config.model_class)
     # Shapes only: no parameter exists until the checkpoint's own is put in its place.
     skeleton = nnx.eval_shape(lambda: cls(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    _choose("jax", skeleton, attention)
     graphdef, state = nnx.split(skeleton)
     params: dict[Any, Any] = nnx.to_pure_dict(state)
     for name, array in convert(checkpoint, "jax", dtype):
@@ -108,7 +129,7 @@ def _load_jax(checkpoint: Checkpoint, dtype: str, device: Any) -> Any:
     return nnx.merge(graphdef, params)
 
 
-def _load_torch(checkpoint: Checkpoint, dtype: str, device: Any) -> Any:
+def _load_torch(checkpoint: Checkpoint, dtype: str, device: Any, attention: str) -> Any:
     import numpy as np
     import torch
 
@@ -116,6 +137,7 @@ def _load_torch(checkpoint: Checkpoint, dtype: str, device: Any) -> Any:
     cls = getattr(importlib.import_module(f"torch_models.{config.architecture}"), config.model_class)
     with torch.device("meta"):  # shapes only, as above
         model = cls(config, dtype=getattr(torch, dtype))
+    _choose("torch", model, attention)
     state = {}
     for name, array in convert(checkpoint, "torch", dtype):
         array = np.require(array, requirements=["C", "W"])

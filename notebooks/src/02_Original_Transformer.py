@@ -384,10 +384,11 @@ check(answer, lambda a: a == 0)
 # %% twin: layers.attend, layers.constrain
 
 # %% [markdown]
-# PyTorch is told in which order to multiply: for few rows a CPU reads the weight three times as fast when it
-# stands on the left. XLA chooses by itself, so Flax's `nnx.Linear` stays as it is.
+# A product makes one axis of all but the last, so that its gradient sums over one axis: over two, XLA would
+# copy both operands on a CPU. PyTorch takes them together itself, but is told in which order to multiply: for
+# few rows a CPU reads the weight three times as fast when it stands on the left.
 
-# %% torch: layers.Linear
+# %% twin: layers.Linear
 
 # %% twin: transformer.Attention
 

@@ -387,10 +387,11 @@ check(answer, lambda a: abs(a - 2 * np.pi / shared.PRESETS["llama2-7b"].rotary_f
 # benevolence.*
 
 # %% [markdown]
-# PyTorch is told in which order to multiply: for few rows a CPU reads the weight three times as fast when it
-# stands on the left. XLA chooses by itself, so Flax's `nnx.Linear` stays as it is.
+# A product makes one axis of all but the last, so that its gradient sums over one axis: over two, XLA would
+# copy both operands on a CPU. PyTorch takes them together itself, but is told in which order to multiply: for
+# few rows a CPU reads the weight three times as fast when it stands on the left.
 
-# %% torch: layers.Linear
+# %% twin: layers.Linear
 
 # %% twin: llama.MLP
 

@@ -74,8 +74,8 @@ MODELS = (
         "query head n reads key-value head n % K instead of n // G",
         (
             f"{TL}:attention_weights",
-            "q.reshape(B, T, K, N // K, H)",
-            "q.reshape(B, T, N // K, K, H).transpose(2, 3)",
+            "q.reshape(B, T, K, N // K, H).permute(0, 2, 3, 1, 4)",
+            "q.reshape(B, T, N // K, K, H).permute(0, 3, 2, 1, 4)",
         ),
         (
             f"{TL}:attention_weights",
@@ -84,10 +84,14 @@ MODELS = (
         ),
         (
             f"{TL}:attend",
-            "weights.reshape(B, K, N // K, T, S)",
-            "weights.reshape(B, N // K, K, T, S).transpose(1, 2)",
+            "weights.reshape(B, K, -1, S)",
+            "weights.reshape(B, N // K, K, T, S).transpose(1, 2).reshape(B, K, -1, S)",
         ),
-        (f"{TL}:attend", "->btkgh", "->btgkh"),
+        (
+            f"{TL}:attend",
+            ".reshape(B, N, T, H)",
+            ".reshape(B, K, N // K, T, H).transpose(1, 2).reshape(B, N, T, H)",
+        ),
         caught_by=LOGITS,
         located=ATTENTION,
     ),
@@ -115,7 +119,7 @@ MODELS = (
     mistake(
         "softmax-in-half-precision",
         "the softmax of a half-precision model runs in half precision",
-        (f"{JL}:attention_weights", "    scores = scores.astype(at_least_float32(scores.dtype))\n", ""),
+        (f"{JL}:attention_weights", ".astype(at_least_float32(scores.dtype))", ""),
         caught_by="test_attention.py::test_lower_precision_keeps_its_dtype_and_weighs_in_float32[grouped-query-bfloat16]",
     ),
     mistake(

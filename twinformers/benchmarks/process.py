@@ -47,10 +47,11 @@ class Worker:
         dtype: str,
         device: str | None = None,
         environment: Mapping[str, str] | None = None,
+        attention: str = "einsum",
     ):
         self.framework = framework
         self.about: dict[str, Any] = {}
-        self._arguments = [framework, source, dtype, device]
+        self._arguments = [framework, source, dtype, device, attention]
         self._environment = dict(environment or {})
         self._child: subprocess.Popen[bytes] | None = None
 

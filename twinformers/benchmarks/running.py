@@ -44,6 +44,7 @@ def bench(
     *,
     frameworks: Sequence[str] | None = None,
     dtype: str = "float32",
+    attention: str = "einsum",
     repeats: int = 5,
     jax_device: str | None = None,
     torch_device: str | None = None,
@@ -53,9 +54,10 @@ def bench(
     """Measure the cases with "jax", "torch" and "transformers" (default: those that are installed).
 
     Each framework runs in a process of its own and reads the same Hugging Face folder, into which the source
-    is ported first. An implementation that is not ready for a case after `limit` seconds has no figures for
-    it, and its row says so. Raises UsageError for bad options and for what is no causal language model,
-    MissingDependency for a framework that was asked for and is not installed, and the errors of the source.
+    is ported first. `attention` is that of the twins, as in `load`. An implementation that is not ready for a
+    case after `limit` seconds has no figures for it, and its row says so. Raises UsageError for bad options
+    and for what is no causal language model, MissingDependency for a framework that was asked for and is not
+    installed, and the errors of the source.
     """
     known("dtype", [dtype], tuple(BYTES))
     positive("repeats", repeats)
@@ -76,7 +78,7 @@ def bench(
             )
         fits(cases, config)
         devices = {"jax": jax_device, "torch": torch_device, "transformers": torch_device}
-        bench_ = _Bench(Path(room), chosen, dtype, devices, repeats, limit, on_progress)
+        bench_ = _Bench(Path(room), chosen, dtype, attention, devices, repeats, limit, on_progress)
         rows: list[Row] = []
         for layers, group in itertools.groupby(cases, key=lambda case: case.layers):
             with bench_.crew(checkpoint, layers):
@@ -88,7 +90,7 @@ def bench(
             weight_map(config).parameters,
             dtype,
             repeats,
-            facts(bench_.about),
+            {**facts(bench_.about), "attention of the twins": attention},
             bench_.peaks,
             bench_.limited(config, rows),
         )
@@ -123,13 +125,14 @@ class _Bench:
         room: Path,
         frameworks: Sequence[str],
         dtype: str,
+        attention: str,
         devices: Mapping[str, str | None],
         repeats: int,
         limit: float,
         on_progress: Progress,
     ):
         self._room, self._frameworks, self._dtype, self._devices = room, frameworks, dtype, devices
-        self._repeats, self._limit, self._say = repeats, limit, on_progress
+        self._attention, self._repeats, self._limit, self._say = attention, repeats, limit, on_progress
         self._fresh = itertools.count()
         self._gone: dict[tuple[str, Way], str] = {}
         self.about: dict[str, dict[str, Any]] = {}
@@ -240,7 +243,7 @@ class _Bench:
     def _worker(self, name: str, environment: Mapping[str, str]) -> Worker:
         # What they leave, should they be ended, goes with the room.
         environment = {**environment, "TMPDIR": str(self._room)}
-        return Worker(name, self._folder, self._dtype, self._devices[name], environment)
+        return Worker(name, self._folder, self._dtype, self._devices[name], environment, self._attention)
 
     def _caches(self) -> dict[str, str]:
         """New, empty folders for what the frameworks compile."""

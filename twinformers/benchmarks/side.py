@@ -31,8 +31,8 @@ class Side(ABC):
 
     framework: str
 
-    def __init__(self, source: str, dtype: str, device: str | None):
-        self.source, self.dtype = source, dtype
+    def __init__(self, source: str, dtype: str, device: str | None, attention: str = "einsum"):
+        self.source, self.dtype, self.attention = source, dtype, attention
         self.device = find_device(self.framework_of_device, device) or self.default_device()
         with opened(source) as checkpoint:
             self.config: Any = checkpoint.config
@@ -165,7 +165,7 @@ class Twin(Side):
         super().release()
 
     def read(self, dtype: str) -> Any:
-        return load(self.source, self.framework, dtype, self.device)
+        return load(self.source, self.framework, dtype, self.device, attention=self.attention)
 
     def stepper(self, case: Case, **options: Any) -> Callable[[], float]:
         """The training step on one batch, again and again."""

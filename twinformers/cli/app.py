@@ -35,6 +35,7 @@ def _no_bars(json: bool) -> bool:
 
 Json = Annotated[bool, typer.Option("--json", callback=_no_bars, help="Print JSON alone on stdout.")]
 Text = Optional[str]  # noqa: UP045  (typer resolves annotations at run time)
+Attention = Annotated[str, typer.Option(help="einsum, or fused: the framework's own kernels.")]
 
 
 @app.command("list", epilog="Example: twinformers list --json")
@@ -90,8 +91,11 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that sum to p.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1, tokens seen before get rarer.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same tokens in both frameworks.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    attention: Attention = "einsum",
+    quantize: Annotated[Text, typer.Option(help="int8: weights of one byte, for faster decoding.")] = None,
     json: Json = False,
 ) -> None:
     """Continue a prompt, streaming the text."""
@@ -103,8 +107,16 @@ def generate(
         framework=framework,
         chat=chat,
         max_new_tokens=max_new_tokens,
-        sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed},
+        sampling={
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+        },
         dtype=dtype,
+        attention=attention,
+        quantize=quantize,
         json=json,
     )
 
@@ -120,6 +132,10 @@ def verify(
             "gradients, training, training-run. Repeatable."
         ),
     ] = None,
+    against: Annotated[
+        Text, typer.Option(help="Where the source was made from: transformers gets its weights.")
+    ] = None,
+    attention: Attention = "einsum",
     steps: Annotated[int, typer.Option(help="Updates of training and training-run.")] = 20,
     jax_device: Annotated[Text, typer.Option(help="cpu, gpu or tpu.")] = None,
     torch_device: Annotated[Text, typer.Option(help="cpu or cuda.")] = None,
@@ -133,6 +149,8 @@ def verify(
         source,
         dtypes=dtype or [],
         checks=check or [],
+        against=against,
+        attention=attention,
         steps=steps,
         jax_device=jax_device,
         torch_device=torch_device,
@@ -187,6 +205,7 @@ def bench(
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="jax, torch, transformers; repeatable, default those installed."),
     ] = None,
+    attention: Attention = "einsum",
     repeats: Annotated[int, typer.Option(help="Measure so many times and take the median.")] = 5,
     limit: Annotated[float, typer.Option(help="Give up what is not ready after so many seconds.")] = 300,
     jax_device: Annotated[Text, typer.Option(help="cpu, gpu or tpu.")] = None,
@@ -202,6 +221,7 @@ def bench(
     options = {
         "frameworks": framework or None,
         "dtype": dtype,
+        "attention": attention,
         "repeats": repeats,
         "limit": limit,
         "jax_device": jax_device,

@@ -20,6 +20,8 @@ def run(
     max_new_tokens: int,
     sampling: dict[str, Any],
     dtype: str,
+    attention: str,
+    quantize: str | None,
     json: bool,
 ) -> None:
     if framework in ("jax", "both") and importlib.util.find_spec("jax"):
@@ -42,6 +44,8 @@ def run(
         max_new_tokens=max_new_tokens,
         sampling=Sampling(**sampling),
         dtype=dtype,
+        attention=attention,
+        quantize=quantize,
         on_text=None if json else show,
     )
     if json:

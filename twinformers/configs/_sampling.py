@@ -13,6 +13,8 @@ from twinformers.errors import UsageError
 class Sampling:
     """Temperature 0 is greedy decoding. `top_k` keeps the k most likely tokens (0: all); `top_p` then keeps
     the smallest set whose probability reaches p (Holtzman et al. 2020, arXiv:1904.09751; 1.0: all).
+    `repetition_penalty` above 1 makes the tokens of prompt and output less likely before anything else is
+    done (Keskar et al. 2019, arXiv:1909.05858; 1.0: none).
 
     The seed determines every draw, and the draws are the same in JAX and in PyTorch.
     """
@@ -20,6 +22,7 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    repetition_penalty: float = 1.0
     seed: int = 0
 
     def __post_init__(self):
@@ -27,6 +30,7 @@ class Sampling:
             ("temperature", 0.0 <= self.temperature < math.inf, "a number >= 0"),
             ("top_k", self.top_k >= 0, "an integer >= 0 (0 keeps all)"),
             ("top_p", 0.0 < self.top_p <= 1.0, "a number in (0, 1]"),
+            ("repetition_penalty", 0.0 < self.repetition_penalty < math.inf, "a number > 0 (1 does nothing)"),
             ("seed", 0 <= self.seed < 2**32, "an integer in [0, 2^32)"),
         ):
             if not ok:

@@ -28,13 +28,15 @@ SEED = 0
 class FlaxRun:
     """The Flax twin under optax: a compiled update, pure leaves, donated state."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str, device: Any, recipe: AdamW):
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: str, device: Any, recipe: AdamW, attention: str = "einsum"
+    ):
         import jax
         import jax.numpy as jnp
 
         from jax_models import functional
 
-        apply, params = functional(load(checkpoint, "jax", dtype, device))
+        apply, params = functional(load(checkpoint, "jax", dtype, device, attention=attention))
         self._leaves = weight_map(checkpoint.config).leaves("jax")
         frozen = {name for name, leaf in self._leaves.items() if not leaf.trains}
         # What does not train is no business of the optimizer: decay would move it without any gradient.
@@ -104,8 +106,10 @@ def _joined(left: dict[Any, Any], right: dict[Any, Any]) -> dict[Any, Any]:
 class TorchRun:
     """The PyTorch twin under torch.optim."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str, device: Any, recipe: AdamW):
-        self._model = load(checkpoint, "torch", dtype, device)
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: str, device: Any, recipe: AdamW, attention: str = "einsum"
+    ):
+        self._model = load(checkpoint, "torch", dtype, device, attention=attention)
         self._optimizer, self._clip = torch_adamw(recipe, self._model)
         self._trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
 
@@ -157,12 +161,13 @@ def train_twins(
     recipe: AdamW,
     *,
     free: bool,
+    attention: str = "einsum",
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Iterator[tuple[int, dict[str, float], dict[str, State]]]:
     """Yield, after each update, its number and each twin's loss and state. `free`: neither sees the other."""
     calls, config = kind(checkpoint.config), checkpoint.config
-    left = FlaxRun(checkpoint, dtype, devices["jax"], recipe)
-    right = TorchRun(checkpoint, dtype, devices["torch"], recipe)
+    left = FlaxRun(checkpoint, dtype, devices["jax"], recipe, attention)
+    right = TorchRun(checkpoint, dtype, devices["torch"], recipe, attention)
     for number in range(1, recipe.steps + 1):
         on_progress(f"update {number} of {recipe.steps}")
         batch = calls.batch(config, number)

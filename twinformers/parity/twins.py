@@ -67,13 +67,20 @@ def torch_caller(model: Any, device: Any) -> Call:
     return call
 
 
-def run_jax(checkpoint: Checkpoint, dtype: str, device: Any, inputs: Inputs, checks: Sequence[str]) -> Run:
+def run_jax(
+    checkpoint: Checkpoint,
+    dtype: str,
+    device: Any,
+    inputs: Inputs,
+    checks: Sequence[str],
+    attention: str = "einsum",
+) -> Run:
     import jax
 
     calls = kind(checkpoint.config)
     with jax_precision(dtype):
         place = find_device("jax", device)
-        model = load(checkpoint, "jax", dtype, place)
+        model = load(checkpoint, "jax", dtype, place, attention=attention)
         logits, activations = record_jax(model, *(jax.device_put(x, place) for x in inputs))
         run = Run(
             widened(logits),
@@ -90,11 +97,18 @@ def run_jax(checkpoint: Checkpoint, dtype: str, device: Any, inputs: Inputs, che
     return run
 
 
-def run_torch(checkpoint: Checkpoint, dtype: str, device: Any, inputs: Inputs, checks: Sequence[str]) -> Run:
+def run_torch(
+    checkpoint: Checkpoint,
+    dtype: str,
+    device: Any,
+    inputs: Inputs,
+    checks: Sequence[str],
+    attention: str = "einsum",
+) -> Run:
     import torch
 
     calls, place = kind(checkpoint.config), find_device("torch", device)
-    model = load(checkpoint, "torch", dtype, place)
+    model = load(checkpoint, "torch", dtype, place, attention=attention)
     dtypes: dict[str, str] = {}
     call = torch_caller(model, place)
     logits, activations = record_torch(model, lambda m: call("__call__", *inputs)[0], dtypes=dtypes)

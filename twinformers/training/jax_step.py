@@ -140,6 +140,8 @@ class Step:
         def cost(mine, x, targets):
             merged = jax.tree.unflatten(structure, [mine.get(n, leaf) for n, leaf in enumerate(leaves)])
             # The cast is made here, so that the pieces' gradients add up in the dtype of the weights.
+            # As one matrix: see jax_models.layers.Linear.
+            x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
             return _cost(self._twin(merged, fixed).head(x), targets) / total
 
         B, T, D = x.shape
@@ -167,9 +169,9 @@ def _split(model: Any) -> tuple[Any, Any, Any]:
 
 
 def _cost(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Cross-entropy summed over the targets, in at least float32. [B, T, V], [B, T] -> []"""
+    """Cross-entropy summed over the targets, in at least float32. [R, V], [R] -> []"""
     wide = jax.nn.log_softmax(logits.astype(at_least_float32(logits.dtype)), axis=-1)
-    chosen = jnp.take_along_axis(wide, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]  # [B, T]
+    chosen = jnp.take_along_axis(wide, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]  # [R]
     return -jnp.sum(jnp.where(targets >= 0, chosen, 0))
 
 
