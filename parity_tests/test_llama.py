@@ -222,8 +222,11 @@ def test_threefry_in_torch_matches_jax():
                 assert gap.max() <= 1e-6 * 20
 
 
-def test_buckets_are_powers_of_two():
-    assert [bucket(n) for n in (1, 16, 17, 32, 33)] == [16, 16, 32, 32, 64]
+def test_buckets_are_few_and_close():
+    assert [bucket(n) for n in (0, 1, 16, 17, 32, 33, 65)] == [16, 16, 16, 32, 32, 48, 80]
+    assert [bucket(n) for n in (512, 513, 640, 641, 1024, 1025)] == [512, 640, 640, 768, 1024, 1280]
+    sizes = {bucket(n) for n in range(64, 8193)}
+    assert len(sizes) == 4 * 7 + 1 and all(n <= bucket(n) <= 1.25 * n for n in range(64, 8193))
 
 
 @pytest.mark.slow

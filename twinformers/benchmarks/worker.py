@@ -12,9 +12,11 @@ import os
 import sys
 from typing import Any
 
+from twinformers.allocator import give_back, keep_memory
 from twinformers.benchmarks.cases import Case
 from twinformers.benchmarks.memory import forget_peak, resident
 from twinformers.errors import TwinformersError, UsageError, first_line
+from twinformers.loading import FRAMEWORKS
 
 SIDES = {"jax": "JaxSide", "torch": "TorchSide", "transformers": "TransformersSide"}
 
@@ -42,6 +44,7 @@ class Answers:
     def prepare(self, case: dict[str, Any], variant: str) -> dict[str, float]:
         """Run a case for the first time, and once more, since some set up again on the second call."""
         key = Case(**case), variant
+        give_back()  # of the case before: the peak is to be this one's
         first = self._side.run(*key)
         self._side.run(*key)
         self._prepared.add(key)
@@ -79,8 +82,11 @@ def main() -> None:
         replies.write(json.dumps(value) + "\n")
         replies.flush()
 
+    framework, *rest = json.loads(sys.argv[1])
+    if framework in FRAMEWORKS:
+        keep_memory()  # transformers' process is left as people have it
     try:
-        answers = Answers(*json.loads(sys.argv[1]))
+        answers = Answers(framework, *rest)
     except (TwinformersError, ImportError, RuntimeError, MemoryError) as error:
         reply({"error": str(error) if isinstance(error, TwinformersError) else first_line(error)})
         return
