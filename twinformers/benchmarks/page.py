@@ -31,7 +31,8 @@ are medians, and the spread is half of what lies between the slowest and the fas
 times faster an implementation is than the fastest of transformers’ own. “Of limit” is the part of the
 measured read bandwidth (decoding: weights and cache, read once a step) or of the measured matrix products
 (prefill, training) that the work amounts to at the least. Compiling is what the first run took beyond later
-ones. Memory is the peak of the process, or of the accelerator."""
+ones. Memory is the peak of the process, or of the accelerator; what a process frees, it keeps for what comes
+next where the C library can (glibc)."""
 
 
 def cells(row: Row) -> list[str]:

@@ -16,7 +16,6 @@ from twinformers.allocator import give_back, keep_memory
 from twinformers.benchmarks.cases import Case
 from twinformers.benchmarks.memory import forget_peak, resident
 from twinformers.errors import TwinformersError, UsageError, first_line
-from twinformers.loading import FRAMEWORKS
 
 SIDES = {"jax": "JaxSide", "torch": "TorchSide", "transformers": "TransformersSide"}
 
@@ -82,11 +81,9 @@ def main() -> None:
         replies.write(json.dumps(value) + "\n")
         replies.flush()
 
-    framework, *rest = json.loads(sys.argv[1])
-    if framework in FRAMEWORKS:
-        keep_memory()  # transformers' process is left as people have it
+    keep_memory()  # in every process: what is compared is the models, not how often memory is cleared
     try:
-        answers = Answers(framework, *rest)
+        answers = Answers(*json.loads(sys.argv[1]))
     except (TwinformersError, ImportError, RuntimeError, MemoryError) as error:
         reply({"error": str(error) if isinstance(error, TwinformersError) else first_line(error)})
         return
