@@ -93,18 +93,10 @@ def write_gguf(
         writer.close()
     with HashedFile(path, append=True) as file:
         for e in plan:
-            _write(file, e, ledger)
+            file.write_arrays(ledger.pieces(e))
             writer.write_padding(file, e.bytes)
             on_tensor(e)
         return file.close()
-
-
-def _write(file: HashedFile, entry: Entry, ledger: Ledger) -> None:
-    """Its own function, so that nothing of a tensor is left when the next one is made."""
-    import numpy as np
-
-    for piece in ledger.pieces(entry):
-        file.write(piece.view(np.uint8).data)  # bfloat16 has no buffer protocol of its own
 
 
 def _add(writer: Any, key: str, value: Any, types: Any) -> None:

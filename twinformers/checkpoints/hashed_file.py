@@ -7,9 +7,13 @@ import errno
 import hashlib
 import mmap
 import os
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import numpy as np
 
 #: Of each buffer; a multiple of any block size, as direct writing asks.
 _BUFFER = 8 << 20
@@ -27,12 +31,15 @@ class HashedFile:
     leaves little to wait for at the end. An OSError of a write is raised by a later call, at last by `close`.
     """
 
+    #: Buffers that wait for the next file: many small ones would have the system clear new memory for each.
+    _spare: ClassVar[list[mmap.mmap]] = []
+
     def __init__(self, path: Path, append: bool = False):
         self._file = os.open(path, os.O_RDWR | (0 if append else os.O_CREAT | os.O_TRUNC), 0o666)
         self._sum = hashlib.sha256()
         self._threads = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._busy: list[list[Future[None]]] = [[] for _ in range(_BUFFERS)]
-        self._buffers = [mmap.mmap(-1, _BUFFER) for _ in range(_BUFFERS)]
+        self._buffers = [self._buffer() for _ in range(_BUFFERS)]
         self._now = self._filled = self._offset = 0
         self._direct = False
         if append:
@@ -51,6 +58,13 @@ class HashedFile:
             self._filled, view = self._filled + count, view[count:]
             if self._filled == _BUFFER:
                 self._hand_over()
+
+    def write_arrays(self, arrays: Iterable[np.ndarray]) -> None:
+        """Append the bytes of contiguous arrays, holding no more than one."""
+        import numpy as np
+
+        for array in arrays:
+            self.write(array.view(np.uint8).data)  # bfloat16 has no buffer protocol of its own
 
     def close(self) -> str:
         """The sum, in hexadecimal digits, once everything is written."""
@@ -112,6 +126,14 @@ class HashedFile:
             thread.shutdown()
         os.close(self._file)
         self._file = -1
+        self._spare.extend(self._buffers[: _BUFFERS - len(self._spare)])
+
+    @classmethod
+    def _buffer(cls) -> mmap.mmap:
+        try:
+            return cls._spare.pop()
+        except IndexError:
+            return mmap.mmap(-1, _BUFFER)
 
     def __enter__(self) -> HashedFile:
         return self

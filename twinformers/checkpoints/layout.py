@@ -62,9 +62,8 @@ def contiguous(array: np.ndarray) -> np.ndarray:
 
 @dataclass
 class _Used:
-    """Memory that waits to be used again, smallest first; at most `times` what the largest array took."""
+    """Memory that waits for its next use, smallest first; at most what the largest took, and a piece."""
 
-    times: int
     waiting: list[np.ndarray] = field(default_factory=list)
     largest: int = 0
 
@@ -75,13 +74,13 @@ class _Used:
         for number, memory in enumerate(self.waiting):
             if memory.nbytes >= size:
                 return self.waiting.pop(number)
-        self._shrink(self.times * self.largest - size)  # what is too small would only be held in addition
+        self._shrink(self.largest - size)  # what is too small would only be held in addition
         return np.empty(size, np.uint8)
 
     def give_back(self, memory: np.ndarray) -> None:
         self.waiting.append(memory)
         self.waiting.sort(key=lambda m: m.nbytes)
-        self._shrink(self.times * self.largest)
+        self._shrink(self.largest + PIECE_BYTES)
 
     def _shrink(self, most: int) -> None:
         while sum(m.nbytes for m in self.waiting) > most:
@@ -92,13 +91,12 @@ _used: ContextVar[_Used | None] = ContextVar("used", default=None)
 
 
 @contextlib.contextmanager
-def reusing(times: int = 1) -> Iterator[None]:
+def reusing() -> Iterator[None]:
     """In the block, `empty` gives the memory of arrays that are gone to new ones.
 
-    Of it, `times` as much as the largest took may wait; more of it helps where several arrays live at a time.
     Fresh memory of the size of a tensor costs more than reading the tensor: the system clears each page.
     """
-    token = _used.set(_Used(times))
+    token = _used.set(_Used())
     try:
         yield
     finally:
@@ -110,7 +108,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     import numpy as np
 
     used, size = _used.get(), math.prod(shape) * dtype.itemsize
-    if used is None or size <= PIECE_BYTES:
+    if used is None or size < PIECE_BYTES // 4:
         return np.empty(shape, dtype)
     memory = used.take(size)
     loan = _Loan(memory)
