@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_models.layers import at_least_float32
+from jax_models.layers import KVCache, at_least_float32
 from jax_models.random import fold_in, gumbel, key
 from twinformers.configs import Sampling
 from twinformers.configs._sampling import bucket, check_prompts
@@ -59,6 +59,16 @@ def choose(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
     return jnp.argmax(logits + noise, axis=-1)
 
 
+def grow(cache: KVCache, length: int) -> KVCache:
+    """The cache with room for `length` positions per row, if none has come round to its first slot yet.
+
+    A prompt fills a cache of its own size: attention over slots that are empty still would cost as much.
+    """
+    more = max(0, length + 1 - cache.positions.shape[1])
+    k, v = (jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, more), (0, 0)]) for x in (cache.k, cache.v))
+    return KVCache(k, v, jnp.pad(cache.positions, [(0, 0), (0, more)], constant_values=-1))
+
+
 class Generator:
     """Holds one model and its compiled functions: `for tokens in Generator(model).stream(prompts, ...)`."""
 
@@ -104,6 +114,7 @@ class Generator:
 
         self._step = jax.jit(step, static_argnames="sampling", donate_argnames=("cache", "seen"))
         self._loop = jax.jit(loop, static_argnames="sampling", donate_argnames=("cache", "seen"))
+        self._grow = jax.jit(grow, static_argnames="length")
 
     def warm_up(
         self,
@@ -139,7 +150,7 @@ class Generator:
         )
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)], positions[row, : len(prompt)] = prompt, np.arange(len(prompt))
-        cache = self._empty_cache(len(prompts), bucket(lengths.max() + max_new_tokens))
+        cache = self._empty_cache(len(prompts), width)
         seen = None  # which is no leaf of what the loop carries
         if sampling.repetition_penalty != 1:
             seen = jnp.zeros((len(prompts), self.config.vocab_size), bool)  # [B, V]
@@ -158,6 +169,8 @@ class Generator:
                     return
             if (left := max_new_tokens - count) == 0:
                 return
+            if count == 1:
+                cache = self._grow(cache, length=bucket(lengths.max() + max_new_tokens))
             most = min(left, STEPS)
             # vs torch: the device takes several steps before it answers
             out, chosen, cache, seen = self._loop(

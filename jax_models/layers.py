@@ -95,8 +95,8 @@ class KVCache(NamedTuple):
     Slot S is scratch: what must not be kept is written there, and its position stays -1.
     """
 
-    k: jax.Array  # [L, B, S+1, K, H]
-    v: jax.Array  # [L, B, S+1, K, H]
+    k: jax.Array  # [L, B, K, S+1, H]
+    v: jax.Array  # [L, B, K, S+1, H]
     positions: jax.Array  # [B, S+1] int32, -1 where empty
 
 
@@ -119,9 +119,10 @@ class Context(NamedTuple):
 
 def empty_cache(layers: int, batch: int, length: int, heads: int, size: int, *, dtype: jnp.dtype) -> KVCache:
     """A cache for `length` positions per row, nothing in it yet."""
-    shape = (layers, batch, length + 1, heads, size)
+    shape = (layers, batch, heads, length + 1, size)
     # vs torch: two allocations, not one array twice: a donated buffer may appear only once
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.full(shape[1:3], -1, jnp.int32))
+    empty = jnp.full((batch, length + 1), -1, jnp.int32)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty)
 
 
 def place(positions: jax.Array, cache: KVCache, window: int | None = None) -> tuple[jax.Array, KVCache]:
@@ -147,13 +148,20 @@ def place(positions: jax.Array, cache: KVCache, window: int | None = None) -> tu
     return slots, cache._replace(positions=noted)
 
 
-def store(cache: KVCache, layer: int, slots: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
-    """Put one layer's keys and values, each [B, T, K, H], into their slots."""
+def store(
+    cache: KVCache, layer: int, slots: jax.Array, k: jax.Array, v: jax.Array
+) -> tuple[KVCache, jax.Array, jax.Array]:
+    """Put one layer's keys and values, each [B, T, K, H], into their slots, and give all that it has now.
+
+    The cache and 2 x [B, S+1, K, H], in which the heads stand before the slots in memory: a product over one
+    head then reads them as they lie.
+    """
     rows = jnp.arange(slots.shape[0])[:, None]  # [B, 1]
-    return cache._replace(
-        k=cache.k.at[layer, rows, slots].set(k.astype(cache.k.dtype)),
-        v=cache.v.at[layer, rows, slots].set(v.astype(cache.v.dtype)),
+    cache = cache._replace(
+        k=cache.k.at[layer, rows, :, slots].set(k.astype(cache.k.dtype)),
+        v=cache.v.at[layer, rows, :, slots].set(v.astype(cache.v.dtype)),
     )
+    return cache, cache.k[layer].swapaxes(1, 2), cache.v[layer].swapaxes(1, 2)
 
 
 def visible(

@@ -55,8 +55,7 @@ class Attention(nnx.Module):
         q = rotate(q, context.cos, context.sin)
         k = rotate(k, context.cos, context.sin)
         if cache is not None and context.slots is not None:
-            cache = store(cache, i, context.slots, k, v)
-            k, v = cache.k[i], cache.v[i]  # [B, S+1, K, H]
+            cache, k, v = store(cache, i, context.slots, k, v)  # [B, S+1, K, H]
         x = self.attend(q, k, v, context.mask)  # [B, T, N, H]
         return self.o_proj(x.reshape(B, T, -1)), cache  # [B, T, D]
 

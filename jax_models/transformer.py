@@ -126,8 +126,7 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         k, v = self.self_attn.keys_values(x)  # 2 x [B, T, N, H]
         if cache is not None and slots is not None:
-            cache = store(cache, i, slots, k, v)
-            k, v = cache.k[i], cache.v[i]  # [B, S+1, N, H]
+            cache, k, v = store(cache, i, slots, k, v)  # [B, S+1, N, H]
         mixed = self.self_attn(x, k, v, mask, subkey(key, 0))
         x = constrain(self.self_attn_norm(x + dropout(mixed, self.dropout, subkey(key, 1))), "residual")
         seen = (cross.positions >= 0)[:, None, :]  # [B, 1, S], the same for every query

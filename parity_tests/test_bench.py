@@ -93,7 +93,7 @@ def test_bytes_match_the_modules(folder):
     model = load(folder, "torch")
     weights = sum(p.nbytes for name, p in model.named_parameters() if name != "embed.weight")
     cache = model.empty_cache(1, 10)
-    per_token = (cache.k[:, :, 0].nbytes + cache.v[:, :, 0].nbytes) * 10
+    per_token = (cache.k[:, :, :, 0].nbytes + cache.v[:, :, :, 0].nbytes) * 10
     found = cost(TINY, Case(task="decode", tokens=9, new_tokens=2), "float32")
     assert found == ("bandwidth", weights + 4 * 48 + per_token)
 

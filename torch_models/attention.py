@@ -152,8 +152,8 @@ class CachedMultiHeadAttention(nn.Module):
         key_positions = positions
         if cache is not None:
             slots, cache = place(positions, cache, self.window)
-            cache = store(cache, 0, slots, k, v)
-            k, v, key_positions = cache.k[0], cache.v[0], cache.positions  # [B, S+1, N, H], [B, S+1]
+            cache, k, v = store(cache, 0, slots, k, v)  # [B, S+1, N, H]
+            key_positions = cache.positions  # [B, S+1]
         x = self.attend(q, k, v, visible(positions, key_positions, self.window))  # [B, T, N, H]
         return self.o_proj(x.reshape(B, T, -1)), cache  # [B, T, D]
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from torch_models.layers import at_least_float32
+from torch_models.layers import KVCache, at_least_float32
 from torch_models.random import fold_in, gumbel, key
 from twinformers.configs import Sampling
 from twinformers.configs._sampling import bucket, check_prompts
@@ -52,6 +53,16 @@ def choose(logits: torch.Tensor, sampling: Sampling, key: torch.Tensor) -> torch
     # vs jax: the loop over rows is written out
     noise = torch.stack([gumbel(fold_in(key, row), logits.shape[1:]) for row in range(logits.shape[0])])
     return torch.argmax(logits + noise, dim=-1)
+
+
+def grow(cache: KVCache, length: int) -> KVCache:
+    """The cache with room for `length` positions per row, if none has come round to its first slot yet.
+
+    A prompt fills a cache of its own size: attention over slots that are empty still would cost as much.
+    """
+    more = max(0, length + 1 - cache.positions.shape[1])
+    k, v = (nn.functional.pad(x, (0, 0, 0, more)) for x in (cache.k, cache.v))
+    return KVCache(k, v, nn.functional.pad(cache.positions, (0, more), value=-1))
 
 
 class Generator:
@@ -108,7 +119,7 @@ class Generator:
         )
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)], positions[row, : len(prompt)] = prompt, np.arange(len(prompt))
-        cache = self._empty_cache(len(prompts), bucket(lengths.max() + max_new_tokens))
+        cache = self._empty_cache(len(prompts), width)
         seen = None
         if sampling.repetition_penalty != 1:
             size = len(prompts), self.config.vocab_size
@@ -132,6 +143,8 @@ class Generator:
             running &= ~np.isin(out, list(stop_tokens))
             if count == max_new_tokens or not running.any():
                 return
+            if count == 1:
+                cache = grow(cache, bucket(lengths.max() + max_new_tokens))
             chosen, cache, seen = self._step(
                 chosen[:, None], (ends + count - 1)[:, None], first, cache, seen, seed, count, sampling
             )

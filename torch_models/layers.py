@@ -26,11 +26,17 @@ FEW_ROWS = 32  # up to so many, the CPU is faster with the weight on the left
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T + b. [..., in], [out, in] -> [..., out]
 
-    For few rows the CPU reads the weight three times as fast in W x^T, if x^T has two columns or more.
+    For few rows the CPU reads the weight three times as fast in W x^T, if x^T has two columns or more. For
+    more than one a packed weight (`layouts.for_decoding`) is faster, unless it has changed since.
     """
-    rows = x.numel() // x.shape[-1]
     # vs jax: XLA chooses the order of a product itself
-    if rows > FEW_ROWS or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
+    rows = x.numel() // x.shape[-1] if x.device.type == "cpu" and x.dtype == torch.float32 else 0
+    if rows == 0 or torch.is_grad_enabled():
+        return nn.functional.linear(x, weight, bias)
+    packed, version = getattr(weight, "packed", (None, None))
+    if rows > 1 and packed is not None and version == weight._version:
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    if rows > FEW_ROWS:
         return nn.functional.linear(x, weight, bias)
     flat = x.reshape(rows, -1) if rows > 1 else x.reshape(1, -1).repeat(2, 1)
     y = (weight @ flat.T).T[:rows].reshape(*x.shape[:-1], -1)
@@ -105,8 +111,8 @@ class KVCache(NamedTuple):
     Slot S is scratch: what must not be kept is written there, and its position stays -1.
     """
 
-    k: torch.Tensor  # [L, B, S+1, K, H]
-    v: torch.Tensor  # [L, B, S+1, K, H]
+    k: torch.Tensor  # [L, B, K, S+1, H]
+    v: torch.Tensor  # [L, B, K, S+1, H]
     positions: torch.Tensor  # [B, S+1] int32, -1 where empty
 
 
@@ -131,11 +137,11 @@ def empty_cache(
     layers: int, batch: int, length: int, heads: int, size: int, *, dtype: torch.dtype, device: torch.device
 ) -> KVCache:
     """A cache for `length` positions per row, nothing in it yet."""
-    shape = (layers, batch, length + 1, heads, size)
+    shape = (layers, batch, heads, length + 1, size)
     return KVCache(
         torch.zeros(shape, dtype=dtype, device=device),
         torch.zeros(shape, dtype=dtype, device=device),
-        torch.full(shape[1:3], -1, dtype=torch.int32, device=device),
+        torch.full((batch, length + 1), -1, dtype=torch.int32, device=device),
     )
 
 
@@ -162,12 +168,18 @@ def place(positions: torch.Tensor, cache: KVCache, window: int | None = None) ->
     return slots, cache
 
 
-def store(cache: KVCache, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> KVCache:
-    """Put one layer's keys and values, each [B, T, K, H], into their slots."""
+def store(
+    cache: KVCache, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[KVCache, torch.Tensor, torch.Tensor]:
+    """Put one layer's keys and values, each [B, T, K, H], into their slots, and give all that it has now.
+
+    The cache and 2 x [B, S+1, K, H], in which the heads stand before the slots in memory: a product over one
+    head then reads them as they lie.
+    """
     rows = torch.arange(slots.shape[0], device=slots.device)[:, None]  # [B, 1]
-    cache.k[layer][rows, slots] = k.to(cache.k.dtype)
-    cache.v[layer][rows, slots] = v.to(cache.v.dtype)
-    return cache
+    cache.k[layer][rows, :, slots] = k.to(cache.k.dtype)
+    cache.v[layer][rows, :, slots] = v.to(cache.v.dtype)
+    return cache, cache.k[layer].swapaxes(1, 2), cache.v[layer].swapaxes(1, 2)
 
 
 def visible(

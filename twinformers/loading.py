@@ -62,16 +62,18 @@ def load(
     check: bool = False,
     attention: str = "einsum",
     quantize: str | None = None,
+    decoding: bool = False,
 ) -> Any:
     """The model of a source as a module: an `nnx.Module` for "jax", a `torch.nn.Module` for "torch".
 
     Call it as `logits, cache = model(tokens, positions)`. `dtype` is one of float64, float32, bfloat16,
     float16; `device` is a device of that framework or its name (default: its own default); `check` compares
     the files with their checksums first; `attention` is "einsum", or "fused" for the framework's own kernels
-    (a matter of speed: the two compute the same); `quantize="int8"` rounds the weights of the linear layers
-    for decoding (`quantized.py`). Raises UsageError for an unknown framework, dtype, device, attention or
-    quantisation and for float64 in JAX without x64, MissingDependency where the framework is not installed,
-    and the errors of the source.
+    (a matter of speed: the two compute the same), or "auto" for the faster on that device; `quantize="int8"`
+    rounds the weights of the linear layers for decoding (`quantized.py`); `decoding` lays them out for it
+    (`layouts.py`; a matter of speed again), for a model that generates and does not train. Raises UsageError
+    for an unknown framework, dtype, device, attention or quantisation and for float64 in JAX without x64,
+    MissingDependency where the framework is not installed, and the errors of the source.
     """
     if framework not in FRAMEWORKS:
         raise UsageError(
@@ -92,11 +94,21 @@ def load(
     device = find_device(framework, device)
     with opened(source, check=check) as checkpoint:
         model = build(checkpoint, dtype, device, attention)
-    return importlib.import_module(f"{framework}_models.quantized").quantize(model) if quantize else model
+    if quantize:
+        return importlib.import_module(f"{framework}_models.quantized").quantize(model)
+    if decoding:
+        return importlib.import_module(f"{framework}_models.layouts").for_decoding(model)
+    return model
 
 
-def _choose(framework: str, skeleton: Any, attention: str) -> None:
+def _choose(framework: str, skeleton: Any, attention: str, device: Any) -> None:
     """Give a model its attention, before any weight is read; the default is what it was built with."""
+    if attention == "auto":
+        attention = "fused"
+        if framework == "jax":  # whose kernel for CPUs is no faster than what XLA makes of the einsum
+            import jax
+
+            attention = "einsum" if (device or jax.devices()[0]).platform == "cpu" else "fused"
     if attention != "einsum":
         importlib.import_module(f"{framework}_models.fused").use_attention(skeleton, attention)
 
@@ -116,7 +128,7 @@ def _load_jax(checkpoint: Checkpoint, dtype: str, device: Any, attention: str) -
     cls = getattr(importlib.import_module(f"jax_models.{config.architecture}"), config.model_class)
     # Shapes only: no parameter exists until the checkpoint's own is put in its place.
     skeleton = nnx.eval_shape(lambda: cls(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
-    _choose("jax", skeleton, attention)
+    _choose("jax", skeleton, attention, device)
     graphdef, state = nnx.split(skeleton)
     params: dict[Any, Any] = nnx.to_pure_dict(state)
     for name, array in convert(checkpoint, "jax", dtype):
@@ -137,7 +149,7 @@ def _load_torch(checkpoint: Checkpoint, dtype: str, device: Any, attention: str)
     cls = getattr(importlib.import_module(f"torch_models.{config.architecture}"), config.model_class)
     with torch.device("meta"):  # shapes only, as above
         model = cls(config, dtype=getattr(torch, dtype))
-    _choose("torch", model, attention)
+    _choose("torch", model, attention, device)
     state = {}
     for name, array in convert(checkpoint, "torch", dtype):
         array = np.require(array, requirements=["C", "W"])

@@ -20,7 +20,7 @@ CACHES = (
     mistake(
         "cache-slot-off-by-one",
         "values are written one slot beside their keys",
-        (f"{TL}:store", "cache.v[layer][rows, slots]", "cache.v[layer][rows, slots - 1]"),
+        (f"{TL}:store", "cache.v[layer][rows, :, slots]", "cache.v[layer][rows, :, slots - 1]"),
         caught_by=CACHED.format("torch"),
     ),
     mistake(
@@ -56,13 +56,13 @@ CACHES = (
     mistake(
         "cache-not-advanced",
         "the new cache that an update returns is dropped",
-        ("jax_models.llama:Attention.__call__", "cache = store(", "store("),
+        ("jax_models.llama:Attention.__call__", "cache, k, v = store(", "_, k, v = store("),
         caught_by=CACHED.format("jax"),
     ),
     mistake(
         "cache-of-another-layer",
         "every layer reads the first one's values",
-        ("torch_models.llama:Attention.forward", "cache.v[i]", "cache.v[0]"),
+        (f"{TL}:store", "cache.v[layer].swapaxes", "cache.v[0].swapaxes"),
         caught_by=CACHED.format("torch"),
     ),
     mistake(

@@ -19,7 +19,7 @@ from twinformers.benchmarks.side import EDGES, LONG, Twin
 class JaxSide(Twin):
     framework = "jax"
 
-    def __init__(self, source: str, dtype: str, device: str | None, attention: str = "einsum"):
+    def __init__(self, source: str, dtype: str, device: str | None, attention: str = "auto"):
         jax.config.update("jax_enable_x64", dtype == "float64")
         # What PyTorch does without being asked; a GPU would otherwise round float32 to TF32.
         jax.config.update("jax_default_matmul_precision", "highest")
@@ -42,8 +42,8 @@ class JaxSide(Twin):
         # A device works through what it is given in order.
         jax.block_until_ready(jax.device_put(0, self.device) + 0)
 
-    def read(self, dtype: str) -> Any:
-        model = super().read(dtype)
+    def read(self, dtype: str, decoding: bool) -> Any:
+        model = super().read(dtype, decoding)
         jax.block_until_ready(nnx.to_pure_dict(nnx.state(model)))
         return model
 

@@ -31,13 +31,13 @@ class Side(ABC):
 
     framework: str
 
-    def __init__(self, source: str, dtype: str, device: str | None, attention: str = "einsum"):
+    def __init__(self, source: str, dtype: str, device: str | None, attention: str = "auto"):
         self.source, self.dtype, self.attention = source, dtype, attention
         self.device = find_device(self.framework_of_device, device) or self.default_device()
         with opened(source) as checkpoint:
             self.config: Any = checkpoint.config
         self.model: Any = None
-        self._held = ""
+        self._held = ("", False)
 
     @property
     def framework_of_device(self) -> str:
@@ -55,8 +55,8 @@ class Side(ABC):
         """Return when everything that was asked of the device is done."""
 
     @abstractmethod
-    def read(self, dtype: str) -> Any:
-        """The model, from the folder to the device."""
+    def read(self, dtype: str, decoding: bool) -> Any:
+        """The model, from the folder to the device; `decoding` where it is to generate."""
 
     @abstractmethod
     def decode(self, case: Case, variant: str, count: int) -> list[list[int]]:
@@ -81,16 +81,17 @@ class Side(ABC):
     def forget(self) -> None:  # noqa: B027  (not every framework can)
         """Let the accelerator's peak begin anew."""
 
-    def load(self, dtype: str = "") -> None:
+    def load(self, dtype: str = "", decoding: bool = False) -> None:
         self.release()
         self.drop()
         gc.collect()
-        self.model, self._held = self.read(dtype or self.dtype), dtype or self.dtype
+        self._held = dtype or self.dtype, decoding
+        self.model = self.read(*self._held)
         self.wait()
 
     def drop(self) -> None:
         """Keep no model: the next case reads it again."""
-        self.model, self._held = None, ""
+        self.model, self._held = None, ("", False)
 
     @property
     def narrow(self) -> bool:
@@ -125,9 +126,10 @@ class Side(ABC):
 
     def run(self, case: Case, variant: str) -> dict[str, float]:
         """One measurement: `total` seconds that it took, and `seconds` of those that belong to the case."""
-        wanted = "float32" if case.task == "train" and self.narrow else self.dtype
+        dtype = "float32" if case.task == "train" and self.narrow else self.dtype
+        wanted = dtype, case.task in ("decode", "prefill")
         if self._held != wanted and (case, variant) not in self._updates:
-            self.load(wanted)
+            self.load(*wanted)
         if case.task == "decode":
             # One token is the prefill; what more of them take is decoding.
             first = self._timed(lambda: self.decode(case, variant, 1))
@@ -164,8 +166,9 @@ class Twin(Side):
         self._engine = None
         super().release()
 
-    def read(self, dtype: str) -> Any:
-        return load(self.source, self.framework, dtype, self.device, attention=self.attention)
+    def read(self, dtype: str, decoding: bool) -> Any:
+        options = {"attention": self.attention, "decoding": decoding}
+        return load(self.source, self.framework, dtype, self.device, **options)  # type: ignore[arg-type]
 
     def stepper(self, case: Case, **options: Any) -> Callable[[], float]:
         """The training step on one batch, again and again."""

@@ -24,7 +24,7 @@ class TransformersSide(OnTorch):
         self._optimizer: torch.optim.Optimizer | None = None
         super().release()
 
-    def read(self, dtype: str) -> Any:
+    def read(self, dtype: str, decoding: bool) -> Any:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(
