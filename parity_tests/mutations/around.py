@@ -44,7 +44,7 @@ CACHES = (
     mistake(
         "empty-slots-visible",
         "slots that nothing was written to count as position 0",
-        (f"{TL}:empty_cache", "torch.full(shape[1:3], -1,", "torch.full(shape[1:3], 0,"),
+        (f"{TL}:empty_cache", "length + 1), -1,", "length + 1), 0,"),
         caught_by=CACHED.format("torch"),
     ),
     mistake(
