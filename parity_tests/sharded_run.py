@@ -1,0 +1,99 @@
+"""What `test_sharding.py` has a process with eight simulated devices do: one device against all of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import jax
+import numpy as np
+from flax import nnx
+
+import twinformers
+from jax_models import functional
+from twinformers.checkpoints.preset import PresetCheckpoint
+from twinformers.configs import preset
+from twinformers.sharding.jax_side import make_mesh, shard, shard_batch, shard_cache
+from twinformers.training.adamw import AdamW
+from twinformers.training.jax_step import make_step
+from twinformers.training.step import random_batch
+
+ROWS, LENGTH = 8, 13
+
+
+def far(left, right):
+    """The largest difference of any array, relative to that array's largest value."""
+    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+    arrays = [(np.asarray(a), np.asarray(b)) for a, b in pairs]
+    return max(float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-300)) for a, b in arrays)
+
+
+def share(arrays):
+    """The part of some arrays that the device with the most of them holds."""
+    held = dict.fromkeys(jax.devices(), 0)
+    for piece in (piece for x in arrays for piece in x.addressable_shards):
+        held[piece.device] += piece.data.nbytes
+    return max(held.values()) / sum(x.nbytes for x in arrays)
+
+
+def decoded(model, tokens, positions, place, place_cache):
+    """Logits of three calls with a cache."""
+    apply, params = functional(model)
+    step = jax.jit(apply)
+    cache, out = place_cache(model.empty_cache(ROWS, 32)), []
+    for part in (slice(0, 7), slice(7, 8), slice(8, LENGTH)):
+        logits, cache = step(params, *place((tokens[:, part], positions[:, part])), cache)
+        out.append(np.asarray(logits))
+    return np.concatenate(out, 1)
+
+
+def trained(model, batch):
+    """Losses and gradient norms of two updates, and the weights after them."""
+    step = make_step(model, AdamW(clip=0.5))
+    state, told = step.init(model), []
+    for _ in range(2):
+        state, metrics = step(state, batch)
+        told += [metrics.loss, metrics.norm]
+    return told, state.params
+
+
+def main(sizes, changes, plant):
+    assert len(jax.devices()) == 8
+    config = preset("llama-tiny").replace(**changes)
+    mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    one, many = (
+        twinformers.load(PresetCheckpoint("test", config), "jax", "float64", jax.devices()[0])
+        for _ in range(2)
+    )
+    if plant:  # one weight in one place: what a wrong slice would do at the least
+        kernel = many.layers[1].mlp.up_proj.kernel
+        kernel[...] = kernel[...].at[3, 5].add(1.0)
+    shard(many, mesh)
+    weights = jax.tree.leaves(nnx.to_pure_dict(nnx.state(many, nnx.Param)))
+
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
+    positions[1] = np.r_[[-1] * 4, np.arange(LENGTH - 4)]
+    real = (positions >= 0)[..., None]
+
+    def place(tree):
+        return shard_batch(tree, mesh)
+
+    expected = decoded(one, tokens, positions, lambda t: t, lambda c: c) * real
+    cached = decoded(many, tokens, positions, place, lambda c: shard_cache(c, mesh)) * real
+    apply, params = functional(many)
+    whole = np.asarray(jax.jit(apply)(params, *place((tokens, positions)))[0]) * real
+    batch = random_batch(config, ROWS, LENGTH)
+    left, right = trained(one, batch), trained(many, place(batch))
+    return {
+        "share": share(weights),
+        "share after": share(jax.tree.leaves(right[1])),
+        "cache": far(expected, cached),
+        "forward": far(expected, whole),
+        "update": far(left, right),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*json.loads(sys.argv[1]))))

@@ -1,0 +1,86 @@
+"""A Flax twin on many devices: XLA's own partitioner (GSPMD, Xu et al. 2021, arXiv:2105.04663) does the rest.
+
+Weights and batch are placed; `jax.jit` follows them, and puts in what the devices have to tell each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from twinformers.errors import UsageError
+from twinformers.sharding import AXES, BATCH, TENSOR, axes
+
+
+def make_mesh(
+    *, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh of so many devices along each axis; default all of JAX's. Raises UsageError for another number.
+
+    Neighbours along "tensor" tell each other the most: they are next to each other in the list.
+    """
+    sizes, devices = (data, fsdp, tensor), jax.devices() if devices is None else list(devices)
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        raise UsageError(
+            "the mesh does not fit the devices",
+            where="mesh",
+            expected=f"positive sizes whose product is {len(devices)}",
+            found=" x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True)),
+        )
+    return Mesh(np.asarray(devices, dtype=object).reshape(sizes), AXES)
+
+
+def shardings(model: nnx.Module, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Where each parameter of a model goes, by its dotted name. The model may be abstract."""
+    return {
+        name: NamedSharding(mesh, PartitionSpec(*axes(name, leaf.get_value().shape, dict(mesh.shape))))
+        for name, (_, leaf) in _parameters(model).items()
+    }
+
+
+def shard(model: Any, mesh: Mesh) -> Any:
+    """Place each parameter on the mesh, in place; the model is returned. UsageError as in `axes`."""
+    places = shardings(model, mesh)
+    placed = [
+        (path, leaf.replace(jax.device_put(leaf.get_value(), places[name])))
+        for name, (path, leaf) in _parameters(model).items()
+    ]
+    nnx.update(model, nnx.from_flat_state(placed))
+    return model
+
+
+def _parameters(model: nnx.Module) -> dict[str, tuple[Any, Any]]:
+    """Path and variable of each parameter, by its dotted name."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): (path, leaf) for path, leaf in flat}
+
+
+def shard_batch(tree: Any, mesh: Mesh) -> Any:
+    """Place arrays whose first axis is the batch, as tokens and positions, row by row over the mesh.
+
+    Raises UsageError where the rows cannot be shared out evenly.
+    """
+    parts = math.prod(mesh.shape[name] for name in BATCH)
+    for x in jax.tree.leaves(tree):
+        if np.shape(x)[0] % parts:
+            raise UsageError(
+                "the batch cannot be shared out",
+                where="batch",
+                expected=f"a multiple of {parts} rows ({' x '.join(BATCH)})",
+                found=str(np.shape(x)[0]),
+            )
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(BATCH)))
+
+
+def shard_cache(cache: Any, mesh: Mesh) -> Any:
+    """Place a cache [L, B, K, S+1, H] on the mesh: rows over the batch's axes, heads over "tensor"."""
+    heads = TENSOR if cache.k.shape[2] % mesh.shape[TENSOR] == 0 else None
+    place = NamedSharding(mesh, PartitionSpec(None, BATCH, heads))
+    k, v = (jax.device_put(x, place) for x in (cache.k, cache.v))
+    return cache._replace(k=k, v=v, positions=shard_batch(cache.positions, mesh))
