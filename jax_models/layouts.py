@@ -37,23 +37,24 @@ def for_decoding(model: Any) -> Any:
     UsageError for a model that is no causal decoder with linear layers.
     """
     # vs torch: joins what one call reads together; there the order of the elements is changed
-    joined = 0
-    for _, module in list(nnx.iter_modules(model)):
-        for names in TOGETHER:
-            linears: list[Any] = [getattr(module, name, None) for name in names]
-            if not all(isinstance(linear, nnx.Linear) for linear in linears):
-                continue
-            kernel = nnx.Param(jnp.concatenate([linear.kernel[...] for linear in linears], axis=1))
-            stop = 0
-            for name, linear in zip(names, linears, strict=True):
-                start, stop = stop, stop + linear.kernel.shape[1]
-                setattr(module, name, Part(kernel, linear.bias, start, stop))
-            joined += 1
-    if not joined or not hasattr(model, "hidden"):
+    found = [
+        (module, names)
+        for _, module in nnx.iter_modules(model)
+        for names in TOGETHER
+        if all(isinstance(getattr(module, name, None), nnx.Linear) for name in names)
+    ]
+    if not found or not hasattr(model, "hidden"):
         raise UsageError(
             "there is nothing to lay out for decoding",
             where="decoding",
             expected="a causal decoder as it was loaded",
             found=type(model).__name__,
         )
+    for module, names in found:
+        linears = [getattr(module, name) for name in names]
+        kernel = nnx.Param(jnp.concatenate([linear.kernel[...] for linear in linears], axis=1))
+        stop = 0
+        for name, linear in zip(names, linears, strict=True):
+            start, stop = stop, stop + linear.kernel.shape[1]
+            setattr(module, name, Part(kernel, linear.bias, start, stop))
     return model

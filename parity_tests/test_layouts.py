@@ -167,6 +167,12 @@ def test_a_grown_cache_holds_what_it_held(framework):
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_what_cannot_be_laid_out_is_refused(framework):
+    translator = twinformers.load("preset:transformer-tiny", framework)
+    with pytest.raises(UsageError, match="decoding"):
+        LAYOUTS[framework](translator)
+    projection = translator.decoder[0].self_attn.q_proj  # as it was
+    assert isinstance(projection, nnx.Linear if framework == "jax" else torch.nn.Linear)
+    assert framework == "jax" or not hasattr(projection.weight, "packed")
     with pytest.raises(UsageError, match="decoding"):
         twinformers.load("preset:transformer-tiny", framework, decoding=True)
     with pytest.raises(UsageError, match="decoding"):

@@ -85,8 +85,8 @@ class Side(ABC):
         self.release()
         self.drop()
         gc.collect()
-        self._held = dtype or self.dtype, decoding
-        self.model = self.read(*self._held)
+        held = dtype or self.dtype, decoding
+        self.model, self._held = self.read(*held), held
         self.wait()
 
     def drop(self) -> None:

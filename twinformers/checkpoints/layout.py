@@ -119,8 +119,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 class _Loan:
     """What an array in used memory is based on: when its last view is gone, so is the loan.
 
-    It is no array itself. TensorStore holds on to the first array in a chain of views, and not to what that
-    one is based on: it would write what the next tensor has put there.
+    It is no array itself: numpy bases a view of a view on the array at the bottom, which outlives them all.
     """
 
     def __init__(self, memory: np.ndarray):
