@@ -12,6 +12,9 @@ from jax.extend.backend import get_backend
 from jax_models import layers
 from twinformers.errors import UsageError
 
+#: Queries that `blocks` takes together.
+BLOCK = 128
+
 
 def _cudnn_can(q: jax.Array, k: jax.Array) -> bool:
     """Whether cuDNN is there and takes the dtype and the shapes, in training and on every NVIDIA GPU."""
@@ -20,23 +23,64 @@ def _cudnn_can(q: jax.Array, k: jax.Array) -> bool:
     return fits and "cuda" in get_backend().platform_version
 
 
-def kernel(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """`jax.nn.dot_product_attention`: by cuDNN on a GPU where it can, by XLA everywhere else.
+def _whole(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """The einsum, its weights divided by their sum once they have met the values: one array less to write.
 
-    q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S] -> [B, T, N, H]. A row that sees nothing gets the
-    mean of v. Without cuDNN float16 is left to the einsum: the library asks XLA for a product of it that
-    neither a CPU nor a TPU has.
+    Shapes as in `kernel`.
+    """
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)  # [B, K, R, H]
+    scores = jnp.einsum("bkrh,bskh->bkrs", q, k) * H**-0.5  # [B, K, R, S]
+    scores = scores.astype(layers.at_least_float32(scores.dtype)).reshape(B, K, N // K, T, S)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
+    # Softmax does not change with what is taken off all scores of a query: no gradient is owed for it.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    weights = weights.reshape(B, K, -1, S)  # [B, K, R, S]
+    narrow = weights.astype(v.dtype)
+    x = jnp.einsum("bkrs,bskh->bkrh", narrow, v, preferred_element_type=weights.dtype)  # [B, K, R, H]
+    x = (x / weights.sum(-1, keepdims=True)).astype(v.dtype)
+    return x.reshape(B, N, T, H).swapaxes(1, 2)  # [B, T, N, H]
+
+
+def blocks(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attention for a CPU: of a prompt, each block of queries meets only the keys up to its own end.
+
+    What lies beyond is hidden from it where the rule is causal and keys lie in the order of their positions;
+    whether that is so, the mask says when the program runs. If not, all meet all. Shapes as in `kernel`.
+    """
+    T, S = q.shape[1], k.shape[1]
+    ends = range(BLOCK, T, BLOCK)  # of all blocks but the last, which meets all keys
+    if not ends or S < T:
+        return _whole(q, k, v, mask)
+    seen_behind = jnp.stack([mask[:, end - BLOCK : end, end:].any() for end in ends])
+
+    def by_block(q, k, v, mask):
+        parts = [
+            _whole(q[:, end - BLOCK : end], k[:, :end], v[:, :end], mask[:, end - BLOCK : end, :end])
+            for end in ends
+        ]
+        last = ends[-1]
+        return jnp.concatenate([*parts, _whole(q[:, last:], k, v, mask[:, last:])], axis=1)
+
+    return jax.lax.cond(seen_behind.any(), _whole, by_block, q, k, v, mask)
+
+
+def kernel(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """cuDNN on a GPU where it can, `blocks` on a CPU, else what `jax.nn.dot_product_attention` has XLA do.
+
+    q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S] -> [B, T, N, H]. A row that sees nothing gets
+    something finite. Without cuDNN float16 is left to the einsum: the library asks XLA for a product of it
+    that neither a CPU nor a TPU has.
     """
     # vs torch: the library leaves the choice of its implementation to the caller
-    every = jnp.broadcast_to(mask, (q.shape[0], q.shape[1], k.shape[1]))[:, None]  # [B, 1, T, S]
-    library = partial(jax.nn.dot_product_attention, mask=every)
-    plain = partial(library, implementation="xla")
+    mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[1], k.shape[1]))
+    library = partial(jax.nn.dot_product_attention, mask=mask[:, None])  # [B, 1, T, S]
+    cpu, plain = partial(blocks, mask=mask), partial(library, implementation="xla")
     if q.dtype == jnp.float16:
-        plain = partial(layers.attend, mask=mask)
-    if not _cudnn_can(q, k):
-        return plain(q, k, v)
+        cpu = plain = partial(layers.attend, mask=mask)
+    cuda = partial(library, implementation="cudnn") if _cudnn_can(q, k) else plain
     # The device is known when the program is lowered, not yet here.
-    return jax.lax.platform_dependent(q, k, v, cuda=partial(library, implementation="cudnn"), default=plain)
+    return jax.lax.platform_dependent(q, k, v, cpu=cpu, cuda=cuda, default=plain)
 
 
 def attend(
@@ -50,8 +94,8 @@ def attend(
 ) -> jax.Array:
     """What `layers.attend` computes, by the kernel; by the einsum itself where weights are dropped.
 
-    The kernel would draw its own random numbers: which weights are dropped is for the key to say. Its
-    softmax is float32 whatever it is given, so float64 is left to the einsum too.
+    The kernel would draw its own random numbers: which weights are dropped is for the key to say. The
+    library's softmax is float32 whatever it is given, so float64 is left to the einsum too.
     """
     if (key is not None and rate > 0) or q.dtype == jnp.float64:  # vs torch: whose kernels know float64
         return layers.attend(q, k, v, mask, rate=rate, key=key)

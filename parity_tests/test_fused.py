@@ -349,14 +349,76 @@ def test_a_model_drops_the_same_weights(devices):
         assert found["einsum"] == found["fused"]
 
 
-def test_jax_leaves_float64_to_the_einsum_because_the_kernel_rounds_it(kernels, devices):
+def test_jax_leaves_float64_to_the_einsum_because_the_library_rounds_it(kernels, devices):
     mask = mask_by_rule(inputs()[1], True, None)
     with jax.enable_x64(True):
-        given = [put(a, "jax", devices["jax"]) for a in (*heads(2), mask)]
+        q, k, v, seen = given = [put(a, "jax", devices["jax"]) for a in (*heads(2), mask)]
         right = jax_models.layers.attend(*given)
         assert (jax_models.fused.attend(*given) == right).all() and kernels["jax"] == 0
-        error = float(jnp.abs(jax_models.fused.kernel(*given) - right)[inputs()[1] >= 0].max())
+        library = jax.nn.dot_product_attention(q, k, v, mask=seen[:, None])
+        error = float(jnp.abs(library - right)[inputs()[1] >= 0].max())
     assert error > 1e4 * LIMIT
+
+
+# Block by block, on a CPU
+
+LONG = 2 * jax_models.fused.BLOCK + 37
+
+
+def long_prompt(key_heads, kind, keys=LONG):
+    """Heads and a mask of three rows, one padded on the left, one on the right; `keys` may be more."""
+    rng = np.random.default_rng(5)
+    q, k, v = (
+        rng.standard_normal((3, n, heads, 8))
+        for n, heads in ((LONG, 6), (keys, key_heads), (keys, key_heads))
+    )
+    positions = np.tile(np.arange(LONG), (3, 1))
+    positions[1], positions[2, 200:] = np.r_[[-1] * 40, np.arange(LONG - 40)], -1
+    late = np.full((3, keys - LONG), -1)  # slots of a cache that are empty
+    mask = mask_by_rule(positions, kind != "bidirectional", WINDOW if kind == "window" else None)
+    mask = np.concatenate([mask, np.broadcast_to((late >= 0)[:, None], (3, LONG, keys - LONG))], 2)
+    if kind == "reversed":  # the first token stands last
+        mask = mask[:, :, ::-1].copy()
+    if kind == "one":  # a key out of order for one query of one row
+        mask[0, jax_models.fused.BLOCK - 1, LONG - 1] = True  # the last of its block
+    return (q, k, v, mask), positions >= 0
+
+
+@pytest.mark.parametrize("keys", [LONG, LONG + 1, LONG + 70])
+@pytest.mark.parametrize("key_heads", [1, 2, 6])
+@pytest.mark.parametrize("kind", ["causal", "window", "bidirectional", "reversed", "one"])
+def test_blocks_match_the_einsum_and_torch_whatever_the_mask(kind, key_heads, keys, devices):
+    arrays, real = long_prompt(key_heads, kind, keys)
+    rows, queries = np.nonzero(~arrays[3].any(-1))
+    arrays[3][rows, queries, queries] = True  # what sees nothing has no right answer: here it sees itself
+    weight = np.random.default_rng(6).standard_normal(arrays[0].shape)
+    with jax.enable_x64(True):
+        given = [put(a, "jax", devices["jax"]) for a in arrays]
+        gradients = jax.jit(
+            jax.grad(lambda *x: (jax_models.fused.blocks(*x, given[3]) * weight).sum(), argnums=(0, 1, 2))
+        )
+        found = np.asarray(jax.jit(jax_models.fused.blocks)(*given))
+        of_blocks = gradients(*given[:3])
+    q, k, v, mask = (torch.from_numpy(a) for a in arrays)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    truth = torch_models.layers.attend(*leaves, mask)
+    (truth * torch.from_numpy(weight)).sum().backward()
+    truth = truth.detach()
+    assert np.abs(found - truth.numpy()).max() <= LIMIT * float(truth.abs().max())
+    for mine, leaf in zip(of_blocks, leaves, strict=True):
+        assert np.abs(np.asarray(mine) - leaf.grad.numpy()).max() <= LIMIT * float(leaf.grad.abs().max())
+
+
+@pytest.mark.parametrize(("kind", "fewer"), [("causal", True), ("window", True), ("bidirectional", False)])
+def test_blocks_leave_out_what_is_hidden_and_nothing_else(kind, fewer, devices):
+    """Keys behind a block of queries are not even looked at: what is no number there does not matter."""
+    (q, k, v, mask), _ = long_prompt(2, kind)
+    end = 2 * jax_models.fused.BLOCK
+    v[:, end:] = np.nan  # 0 times this is no number either
+    with jax.enable_x64(True):
+        out = np.asarray(jax_models.fused.blocks(*(put(a, "jax", devices["jax"]) for a in (q, k, v, mask))))
+    assert np.isfinite(out[:, :end]).all() == fewer
+    assert np.isnan(out[0, end:]).all()
 
 
 def test_jax_leaves_float16_to_the_einsum_because_a_cpu_has_no_such_product(devices):

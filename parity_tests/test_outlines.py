@@ -69,7 +69,12 @@ EXCEPTIONS = (
         r"from models.layers import FEW_ROWS|WIDTH|(tabled|summed)\b.*|QuantizedLinear\.table",
         "on a CPU torch sums a table of bytes",
     ),
-    Only("jax", "fused", r"_cudnn_can.*", "torch chooses among its kernels itself"),
+    Only(
+        "jax",
+        "fused",
+        r"_cudnn_can.*|BLOCK|(_whole|blocks)\b.*",
+        "torch chooses among its kernels itself, and has one for CPUs",
+    ),
     Only("torch", "random", r"MASK|ROTATIONS|_threefry.*", "JAX has the generator, torch spells it out"),
 )
 

@@ -70,7 +70,7 @@ def generate(
     sampling: Sampling | None = None,
     dtype: str = "float32",
     device: Any = None,
-    attention: str = "auto",
+    attention: str = "fused",
     quantize: str | None = None,
     on_text: Callable[[str, str], None] | None = None,
 ) -> list[GenerateResult]:

@@ -68,12 +68,12 @@ def load(
 
     Call it as `logits, cache = model(tokens, positions)`. `dtype` is one of float64, float32, bfloat16,
     float16; `device` is a device of that framework or its name (default: its own default); `check` compares
-    the files with their checksums first; `attention` is "einsum", or "fused" for the framework's own kernels
-    (a matter of speed: the two compute the same), or "auto" for the faster on that device; `quantize="int8"`
-    rounds the weights of the linear layers for decoding (`quantized.py`); `decoding` lays them out for it
-    (`layouts.py`; a matter of speed again), for a model that generates and does not train. Raises UsageError
-    for an unknown framework, dtype, device, attention or quantisation and for float64 in JAX without x64,
-    MissingDependency where the framework is not installed, and the errors of the source.
+    the files with their checksums first; `attention` is "einsum", or "fused" for the fastest on that
+    device (the two compute the same); `quantize="int8"` rounds the weights of the linear layers for decoding
+    (`quantized.py`); `decoding` lays them out for it (`layouts.py`; a matter of speed again), for a model
+    that generates and does not train. Raises UsageError for an unknown framework, dtype, device, attention or
+    quantisation and for float64 in JAX without x64, MissingDependency where the framework is not installed,
+    and the errors of the source.
     """
     if framework not in FRAMEWORKS:
         raise UsageError(
@@ -103,12 +103,6 @@ def load(
 
 def _choose(framework: str, skeleton: Any, attention: str, device: Any) -> None:
     """Give a model its attention, before any weight is read; the default is what it was built with."""
-    if attention == "auto":
-        attention = "fused"
-        if framework == "jax":  # whose kernel for CPUs is no faster than what XLA makes of the einsum
-            import jax
-
-            attention = "einsum" if (device or jax.devices()[0]).platform == "cpu" else "fused"
     if attention != "einsum":
         importlib.import_module(f"{framework}_models.fused").use_attention(skeleton, attention)
 

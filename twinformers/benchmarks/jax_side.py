@@ -19,7 +19,7 @@ from twinformers.benchmarks.side import EDGES, LONG, Twin
 class JaxSide(Twin):
     framework = "jax"
 
-    def __init__(self, source: str, dtype: str, device: str | None, attention: str = "auto"):
+    def __init__(self, source: str, dtype: str, device: str | None, attention: str = "fused"):
         jax.config.update("jax_enable_x64", dtype == "float64")
         # What PyTorch does without being asked; a GPU would otherwise round float32 to TF32.
         jax.config.update("jax_default_matmul_precision", "highest")

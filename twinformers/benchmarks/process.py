@@ -47,7 +47,7 @@ class Worker:
         dtype: str,
         device: str | None = None,
         environment: Mapping[str, str] | None = None,
-        attention: str = "auto",
+        attention: str = "fused",
     ):
         self.framework = framework
         self.about: dict[str, Any] = {}

@@ -44,7 +44,7 @@ def bench(
     *,
     frameworks: Sequence[str] | None = None,
     dtype: str = "float32",
-    attention: str = "auto",
+    attention: str = "fused",
     repeats: int = 5,
     jax_device: str | None = None,
     torch_device: str | None = None,

@@ -31,7 +31,7 @@ class Side(ABC):
 
     framework: str
 
-    def __init__(self, source: str, dtype: str, device: str | None, attention: str = "auto"):
+    def __init__(self, source: str, dtype: str, device: str | None, attention: str = "fused"):
         self.source, self.dtype, self.attention = source, dtype, attention
         self.device = find_device(self.framework_of_device, device) or self.default_device()
         with opened(source) as checkpoint:

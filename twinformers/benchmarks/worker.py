@@ -23,7 +23,7 @@ SIDES = {"jax": "JaxSide", "torch": "TorchSide", "transformers": "TransformersSi
 class Answers:
     """The requests, each a method."""
 
-    def __init__(self, framework: str, source: str, dtype: str, device: str | None, attention: str = "auto"):
+    def __init__(self, framework: str, source: str, dtype: str, device: str | None, attention: str = "fused"):
         module = importlib.import_module(f"twinformers.benchmarks.{framework}_side")
         self._side = getattr(module, SIDES[framework])(source, dtype, device, attention)
         self._side.load()

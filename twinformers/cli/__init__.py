@@ -12,8 +12,11 @@ import sys
 
 def main() -> None:
     """Entry point of the console script."""
+    from twinformers.allocator import keep_memory
     from twinformers.cli.app import run
 
+    if sys.argv[1:2] == ["train"]:  # which takes and frees the same memory at every update
+        keep_memory()
     code = run()
     try:
         sys.stdout.flush()

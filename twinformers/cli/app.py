@@ -35,9 +35,7 @@ def _no_bars(json: bool) -> bool:
 
 Json = Annotated[bool, typer.Option("--json", callback=_no_bars, help="Print JSON alone on stdout.")]
 Text = Optional[str]  # noqa: UP045  (typer resolves annotations at run time)
-Attention = Annotated[
-    str, typer.Option(help="einsum, or fused: the framework's own kernels; auto: the faster of both.")
-]
+Attention = Annotated[str, typer.Option(help="einsum, or fused: the device's fastest kernel.")]
 
 
 @app.command("list", epilog="Example: twinformers list --json")
@@ -96,7 +94,7 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1, tokens seen before get rarer.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same tokens in both frameworks.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
-    attention: Attention = "auto",
+    attention: Attention = "fused",
     quantize: Annotated[Text, typer.Option(help="int8: weights of one byte, for faster decoding.")] = None,
     json: Json = False,
 ) -> None:
@@ -207,7 +205,7 @@ def bench(
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="jax, torch, transformers; repeatable, default those installed."),
     ] = None,
-    attention: Attention = "auto",
+    attention: Attention = "fused",
     repeats: Annotated[int, typer.Option(help="Measure so many times and take the median.")] = 5,
     limit: Annotated[float, typer.Option(help="Give up what is not ready after so many seconds.")] = 300,
     jax_device: Annotated[Text, typer.Option(help="cpu, gpu or tpu.")] = None,
