@@ -6,6 +6,7 @@ H head dimension, L layers. Softmax, norm statistics and rotary angles run in at
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -238,6 +239,20 @@ def attend(
     return jnp.einsum("bkrs,bskh->bkrh", weights, v).reshape(B, N, T, H).swapaxes(1, 2)  # [B, T, N, H]
 
 
+#: Which axes of a mesh share out each axis of an activation.
+SHARED: dict[str, tuple[tuple[str, ...], ...]] = {"residual": (("data", "fsdp"), (), ())}  # [B, T, D]
+
+
 def constrain(x: jax.Array, name: str) -> jax.Array:
-    """Mark an activation by name ("residual") whose sharding may be chosen; without a mesh, x itself."""
-    return x
+    """Have an activation lie as its name says ("residual") under `jax.set_mesh`; without a mesh, x itself.
+
+    What does not divide evenly is left to the compiler.
+    """
+    # vs torch: modules are wrapped for that from outside
+    mesh, places = jax.sharding.get_abstract_mesh(), []
+    for axes, size in zip(SHARED[name], x.shape, strict=True):
+        parts = math.prod(mesh.shape.get(axis, 0) for axis in axes)
+        places.append(axes if axes and parts and size % parts == 0 else None)
+    if not any(places):
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*places))

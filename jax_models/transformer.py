@@ -63,10 +63,10 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, key: jax.Array | None
     ) -> jax.Array:
-        B, T, D = x.shape
+        B, T, _ = x.shape
         q = self.q_proj(x).reshape(B, T, -1, self.head_dim)  # [B, T, N, H]
         x = self.attend(q, k, v, mask, rate=self.dropout, key=key)  # [B, T, N, H]
-        return self.o_proj(x.reshape(B, T, D))  # [B, T, D]
+        return self.o_proj(x.reshape(B, T, -1))  # [B, T, D]
 
 
 class MLP(nnx.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ import twinformers
 from jax_models import functional
 from twinformers.checkpoints.preset import PresetCheckpoint
 from twinformers.configs import preset
-from twinformers.sharding.jax_side import make_mesh, shard, shard_batch, shard_cache
+from twinformers.sharding.jax_side import make_mesh, shard, shard_batch, sharded_cache, shardings
 from twinformers.training.adamw import AdamW
 from twinformers.training.jax_step import make_step
 from twinformers.training.step import random_batch
@@ -36,25 +37,31 @@ def share(arrays):
     return max(held.values()) / sum(x.nbytes for x in arrays)
 
 
-def decoded(model, tokens, positions, place, place_cache):
+def decoded(model, tokens, positions, place, empty_cache):
     """Logits of three calls with a cache."""
     apply, params = functional(model)
     step = jax.jit(apply)
-    cache, out = place_cache(model.empty_cache(ROWS, 32)), []
+    cache, out = empty_cache(model, ROWS, 32), []
     for part in (slice(0, 7), slice(7, 8), slice(8, LENGTH)):
         logits, cache = step(params, *place((tokens[:, part], positions[:, part])), cache)
         out.append(np.asarray(logits))
     return np.concatenate(out, 1)
 
 
-def trained(model, batch):
+def trained(model, batch, mesh=None):
     """Losses and gradient norms of two updates, and the weights after them."""
-    step = make_step(model, AdamW(clip=0.5))
+    step = make_step(model, AdamW(clip=0.5), mesh=mesh)
     state, told = step.init(model), []
     for _ in range(2):
         state, metrics = step(state, batch)
         told += [metrics.loss, metrics.norm]
     return told, state.params
+
+
+def names(params):
+    """Each array with its dotted name."""
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    return [(".".join(str(part.key) for part in path), x) for path, x in flat]
 
 
 def main(sizes, changes, plant):
@@ -70,6 +77,7 @@ def main(sizes, changes, plant):
         kernel[...] = kernel[...].at[3, 5].add(1.0)
     shard(many, mesh)
     weights = jax.tree.leaves(nnx.to_pure_dict(nnx.state(many, nnx.Param)))
+    places = shardings(many, mesh)
 
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.vocab_size, (ROWS, LENGTH)).astype(np.int32)
@@ -80,15 +88,16 @@ def main(sizes, changes, plant):
     def place(tree):
         return shard_batch(tree, mesh)
 
-    expected = decoded(one, tokens, positions, lambda t: t, lambda c: c) * real
-    cached = decoded(many, tokens, positions, place, lambda c: shard_cache(c, mesh)) * real
+    expected = decoded(one, tokens, positions, lambda t: t, type(one).empty_cache) * real
+    cached = decoded(many, tokens, positions, place, partial(sharded_cache, mesh=mesh)) * real
     apply, params = functional(many)
     whole = np.asarray(jax.jit(apply)(params, *place((tokens, positions)))[0]) * real
     batch = random_batch(config, ROWS, LENGTH)
-    left, right = trained(one, batch), trained(many, place(batch))
+    left, right = trained(one, batch), trained(many, place(batch), mesh)
     return {
         "share": share(weights),
         "share after": share(jax.tree.leaves(right[1])),
+        "moved": [n for n, x in names(right[1]) if not x.sharding.is_equivalent_to(places[n], x.ndim)],
         "cache": far(expected, cached),
         "forward": far(expected, whole),
         "update": far(left, right),

@@ -59,6 +59,7 @@ EXCEPTIONS = (
         "compiled, split once",
     ),
     Only("torch", "generate", r"Generator\.(__init__: self\._model|_step.*)", "the step is a method"),
+    Only("jax", "layers", "SHARED", "activations are placed from inside in JAX, from outside in torch"),
     Only("torch", "layers", r"FEW_ROWS|linear\b.*", "XLA orders a product itself, torch is told"),
     Only("torch", "*", r"from models.layers import linear", "the same"),
     Only("jax", "layouts", r"\(?TOGETHER.*|class Part\b.*|Part\..*", "only XLA merges equal products"),

@@ -56,7 +56,7 @@ def test_sharded_matches_one_device(sizes):
     _, fsdp, tensor = sizes
     # What is not cut are the norms' scales, which are next to nothing.
     assert found["share"] == pytest.approx(1 / (fsdp * tensor), rel=0.05)
-    assert found["share after"] <= found["share"]  # an update gathers nothing for good
+    assert found["share after"] == found["share"] and not found["moved"]  # an update moves nothing
 
 
 def test_sizes_that_do_not_divide_stay_whole():
@@ -73,8 +73,8 @@ def test_a_weight_that_differs_is_seen():
 def test_every_parameter_has_a_rule(name):
     leaves = weight_map(preset(name)).leaves("jax")
     sizes = dict.fromkeys(AXES, 2)
-    cut = {n: axes(n, leaf.shape("jax"), sizes) for n, leaf in leaves.items()}
-    assert all(len(cut[n]) == len(leaf.shape("jax")) for n, leaf in leaves.items())
+    cut = {n: axes(n, leaf.shape("jax"), sizes) for n, leaf in leaves.items() if leaf.trains}
+    assert all(len(c) == len(leaves[n].shape("jax")) for n, c in cut.items())
     if name.startswith("llama3") or name.startswith("llama2"):
         assert all(set(c) == {"fsdp", "tensor"} for c in cut.values() if len(c) == 2)
 

@@ -258,5 +258,5 @@ def attend(
 
 
 def constrain(x: torch.Tensor, name: str) -> torch.Tensor:
-    """Mark an activation by name ("residual") whose sharding may be chosen; without a mesh, x itself."""
+    """Name an activation ("residual"). vs jax: it is placed by what wraps its module, and x itself here."""
     return x

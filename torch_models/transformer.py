@@ -65,10 +65,10 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, key: torch.Tensor | None
     ) -> torch.Tensor:
-        B, T, D = x.shape
+        B, T, _ = x.shape
         q = self.q_proj(x).reshape(B, T, -1, self.head_dim)  # [B, T, N, H]
         x = self.attend(q, k, v, mask, rate=self.dropout, key=key)  # [B, T, N, H]
-        return self.o_proj(x.reshape(B, T, D))  # [B, T, D]
+        return self.o_proj(x.reshape(B, T, -1))  # [B, T, D]
 
 
 class MLP(nn.Module):

@@ -74,6 +74,10 @@ class Checkpoint(ABC):
     def read(self, name: str) -> np.ndarray:
         """One tensor, C-contiguous, in its stored dtype; quantised tensors are dequantised to float32."""
 
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor, a slice of step 1 for each axis; if the format allows, no more is read."""
+        return self.read(name)[index]
+
     @property
     def assets(self) -> Mapping[str, bytes]:
         """The content of those files of `ASSETS` that the source has, or that its metadata amounts to."""

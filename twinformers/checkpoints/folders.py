@@ -151,6 +151,11 @@ class WeightsFolder(FolderCheckpoint):
     def read(self, name: str) -> np.ndarray:
         return self._files.read(name)
 
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        if hasattr(self._files, "read_part"):
+            return self._files.read_part(name, index)
+        return super().read_part(name, index)
+
     @property
     def files(self) -> list[str]:
         # A hub's folder holds links: its files lie somewhere else.

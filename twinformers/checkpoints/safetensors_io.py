@@ -42,6 +42,8 @@ _TYPES |= _INTEGERS
 #: A tensor takes about 110 bytes of a header. No file of a real model has more than some ten thousand.
 MAX_HEADER = 8 << 20
 MAX_RANK = 32
+#: Of a tensor that is cut across its rows, as much is read at a time.
+PART_BYTES = 16 << 20
 #: Files that are kept open at a time; a model may have hundreds.
 MAX_OPEN = 16
 
@@ -126,9 +128,33 @@ class SafetensorsFiles:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor; nothing else of its file is touched. Raises FormatError where it holds no floats."""
+        self._check_floats(name)
+        return self._rows(name, 0, self.tensors[name].shape)
+
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor, a slice of step 1 for each axis: besides it, a few rows are in memory at most.
+
+        Rows that are not asked for are not read; of those that are, the whole is, for they lie together.
+        """
         import numpy as np
 
-        info, stored = self.tensors[name], self._stored[name]
+        self._check_floats(name)
+        shape = self.tensors[name].shape
+        if not shape:
+            return self._rows(name, 0, shape)
+        (first, last, _), rest = index[0].indices(shape[0]), index[1:]
+        if all(s.indices(n) == (0, n, 1) for s, n in zip(rest, shape[1:], strict=True)):
+            return self._rows(name, first, (last - first, *shape[1:]))
+        row = math.prod(shape[1:])
+        few = max(1, PART_BYTES // max(1, row * numpy_dtype(self.tensors[name].dtype).itemsize))
+        pieces = [
+            np.array(self._rows(name, at, (min(few, last - at), *shape[1:]))[:, *rest])
+            for at in range(first, max(last, first + 1), few)
+        ]
+        return np.concatenate(pieces)
+
+    def _check_floats(self, name: str) -> None:
+        info = self.tensors[name]
         if info.dtype not in CODES:
             raise FormatError(
                 "a weight is stored as whole numbers",
@@ -137,8 +163,15 @@ class SafetensorsFiles:
                 found=info.dtype,
                 hint="port the checkpoint in float32, bfloat16 or float16",
             )
-        out = empty(info.shape, numpy_dtype(info.dtype))
-        left, offset = memoryview(out.reshape(-1).view(np.uint8)), stored.start  # type: ignore[arg-type]
+
+    def _rows(self, name: str, first: int, shape: tuple[int, ...]) -> np.ndarray:
+        """As many rows as a shape says, from row `first` on."""
+        import numpy as np
+
+        info, stored = self.tensors[name], self._stored[name]
+        out = empty(shape, numpy_dtype(info.dtype))
+        skipped = first * math.prod(shape[1:]) * out.dtype.itemsize
+        left, offset = memoryview(out.reshape(-1).view(np.uint8)), stored.start + skipped  # type: ignore[arg-type]
         handle = self._open(stored.path).fileno()
         try:
             while left:  # one call reads 2 GB at most

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from twinformers.errors import UsageError
 from twinformers.sharding import AXES, BATCH, TENSOR, axes
+from twinformers.sharding.scanned import STACKED
 
 
 def make_mesh(
@@ -36,11 +38,23 @@ def make_mesh(
     return Mesh(np.asarray(devices, dtype=object).reshape(sizes), AXES)
 
 
+def sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where a parameter goes, by its dotted name. A stack of layers is not cut between them."""
+    layers = (None,) if STACKED in name.split(".") else ()
+    return NamedSharding(mesh, PartitionSpec(*layers, *axes(name, shape[len(layers) :], dict(mesh.shape))))
+
+
+def tree_shardings(params: Any, mesh: Mesh) -> Any:
+    """Where each leaf of a nested dictionary of parameters goes, in a tree of that structure."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: sharding(".".join(str(part.key) for part in path), x.shape, mesh), params
+    )
+
+
 def shardings(model: nnx.Module, mesh: Mesh) -> dict[str, NamedSharding]:
     """Where each parameter of a model goes, by its dotted name. The model may be abstract."""
     return {
-        name: NamedSharding(mesh, PartitionSpec(*axes(name, leaf.get_value().shape, dict(mesh.shape))))
-        for name, (_, leaf) in _parameters(model).items()
+        name: sharding(name, leaf.get_value().shape, mesh) for name, (_, leaf) in _parameters(model).items()
     }
 
 
@@ -64,7 +78,8 @@ def _parameters(model: nnx.Module) -> dict[str, tuple[Any, Any]]:
 def shard_batch(tree: Any, mesh: Mesh) -> Any:
     """Place arrays whose first axis is the batch, as tokens and positions, row by row over the mesh.
 
-    Raises UsageError where the rows cannot be shared out evenly.
+    With several processes each gives the whole batch in numpy, and keeps its own rows. Raises UsageError
+    where the rows cannot be shared out evenly.
     """
     parts = math.prod(mesh.shape[name] for name in BATCH)
     for x in jax.tree.leaves(tree):
@@ -75,12 +90,26 @@ def shard_batch(tree: Any, mesh: Mesh) -> Any:
                 expected=f"a multiple of {parts} rows ({' x '.join(BATCH)})",
                 found=str(np.shape(x)[0]),
             )
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(BATCH)))
+    rows = NamedSharding(mesh, PartitionSpec(BATCH))
+    return jax.tree.map(lambda x: _placed(x, rows), tree)
 
 
-def shard_cache(cache: Any, mesh: Mesh) -> Any:
-    """Place a cache [L, B, K, S+1, H] on the mesh: rows over the batch's axes, heads over "tensor"."""
-    heads = TENSOR if cache.k.shape[2] % mesh.shape[TENSOR] == 0 else None
-    place = NamedSharding(mesh, PartitionSpec(None, BATCH, heads))
-    k, v = (jax.device_put(x, place) for x in (cache.k, cache.v))
-    return cache._replace(k=k, v=v, positions=shard_batch(cache.positions, mesh))
+def _placed(x: Any, at: NamedSharding) -> jax.Array:
+    if isinstance(x, np.ndarray):  # cut here: other processes' devices cannot be written to
+        return jax.make_array_from_callback(x.shape, at, lambda index: x[index])
+    return jax.device_put(x, at)
+
+
+def cache_shardings(cache: Any, mesh: Mesh) -> Any:
+    """Where a cache [L, B, K, S+1, H] goes: rows over the batch's axes, heads over "tensor"; if even."""
+    B, K = cache.k.shape[1:3]
+    rows = BATCH if B % math.prod(mesh.shape[name] for name in BATCH) == 0 else None
+    heads = TENSOR if K % mesh.shape[TENSOR] == 0 else None
+    wide = NamedSharding(mesh, PartitionSpec(None, rows, heads))
+    return cache._replace(k=wide, v=wide, positions=NamedSharding(mesh, PartitionSpec(rows)))
+
+
+def sharded_cache(model: Any, batch: int, length: int, mesh: Mesh) -> Any:
+    """The model's empty cache, made on the devices that keep it."""
+    make = partial(model.empty_cache, batch, length)
+    return jax.jit(make, out_shardings=cache_shardings(jax.eval_shape(make), mesh))()

@@ -49,6 +49,12 @@ def optax_adamw(recipe: AdamW) -> tuple[Any, Callable[[Any], Any]]:
     import jax.numpy as jnp
     import optax
 
+    from twinformers.sharding.scanned import STACKED
+
+    def _decays(path: Any, x: Any) -> bool:
+        stacked = any(getattr(part, "key", None) == STACKED for part in path)  # the first axis counts layers
+        return decays(x.shape[stacked:])
+
     optimizer = optax.inject_hyperparams(
         optax.adamw, static_args=("b1", "b2", "eps", "weight_decay", "mask")
     )(
@@ -57,7 +63,7 @@ def optax_adamw(recipe: AdamW) -> tuple[Any, Callable[[Any], Any]]:
         b2=recipe.b2,
         eps=recipe.eps,
         weight_decay=recipe.weight_decay,
-        mask=lambda params: jax.tree.map(lambda x: decays(x.shape), params),
+        mask=lambda params: jax.tree_util.tree_map_with_path(_decays, params),
     )
 
     def clip(gradients: Any) -> Any:
@@ -69,22 +75,36 @@ def optax_adamw(recipe: AdamW) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def torch_adamw(recipe: AdamW, model: Any) -> tuple[Any, Callable[[], None]]:
-    """torch.optim's AdamW with a settable rate (`group["lr"]`), and the clipping, in place."""
+    """torch.optim's AdamW with a settable rate (`group["lr"]`), and the clipping, in place.
+
+    On a mesh (`twinformers.sharding.torch_side.shard`), each process updates its parts of the weights.
+    """
     import torch
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if decays(tuple(p.shape))], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if not decays(tuple(p.shape))], "weight_decay": 0.0},
-    ]
+    mesh = getattr(model, "mesh", None)
+    groups = []
+    # A fused update takes weights of one mesh, and those that "tensor" does not cut are on a smaller one.
+    for own in dict.fromkeys(getattr(p, "device_mesh", None) for p in trained):
+        here = [p for p in trained if getattr(p, "device_mesh", None) == own]
+        groups += [
+            {"params": [p for p in here if decays(tuple(p.shape))], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in here if not decays(tuple(p.shape))], "weight_decay": 0.0},
+        ]
     optimizer = torch.optim.AdamW(
         groups, lr=recipe.peak, betas=(recipe.b1, recipe.b2), eps=recipe.eps, foreach=False
     )
 
     def clip() -> None:
-        norm = torch.sqrt(sum((p.grad * p.grad).sum() for p in trained if p.grad is not None))
-        for p in trained:
-            if p.grad is not None:
-                p.grad.mul_(torch.clamp(recipe.clip / norm, max=1.0))
+        gradients: list[Any] = [p.grad for p in trained if p.grad is not None]
+        if mesh is None:
+            norm = torch.sqrt(sum((g * g).sum() for g in gradients))
+        else:
+            from twinformers.sharding.torch_side import total_norm
+
+            norm = total_norm(gradients, mesh)
+            gradients = [g.to_local() for g in gradients]
+        for g in gradients:
+            g.mul_(torch.clamp(recipe.clip / norm, max=1.0))
 
     return optimizer, clip

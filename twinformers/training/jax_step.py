@@ -7,8 +7,11 @@ taken at once, so that the logits of the whole never exist and no product of the
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import statistics
 import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +19,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.extend.core import Var
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_models.layers import at_least_float32, subkey
 from jax_models.random import fold_in, key
+from twinformers.sharding.jax_side import tree_shardings
+from twinformers.sharding.scanned import Scanned
 from twinformers.training.adamw import AdamW, optax_adamw
 from twinformers.training.step import Batch, Metrics, StepOptions, check_batch, check_model, random_batch
 
@@ -39,55 +45,94 @@ class State(NamedTuple):
     updates: int  # made so far
 
 
-def make_step(model: Any, recipe: AdamW, **options: Any) -> Step:
+def make_step(model: Any, recipe: AdamW, *, mesh: Mesh | None = None, **options: Any) -> Step:
     """A training step: `state = step.init(model)`, then `state, metrics = step(state, batch)`.
 
-    `model` gives the structure and may be abstract; `options` are fields of `StepOptions`. Raises UsageError
-    for a bad option, a model that is no language model, and weights narrower than float32.
+    `model` gives the structure and may be abstract; `options` are fields of `StepOptions`. On a mesh the
+    state is placed by the rules of `twinformers.sharding`, and stays so; batches are for `shard_batch`.
+    Raises UsageError for a bad option, a model that is no language model, and weights narrower than float32.
     """
-    return Step(model, recipe, StepOptions(**options))
+    return Step(model, recipe, StepOptions(**options), mesh=mesh)
 
 
 class Step:
     """The compiled step of one model structure; see `make_step`."""
 
-    def __init__(self, model: Any, recipe: AdamW, options: StepOptions):
+    def __init__(self, model: Any, recipe: AdamW, options: StepOptions, *, mesh: Mesh | None = None):
         # vs torch: split once and pass pure leaves; see jax_models.functional
         graphdef, params, _ = _split(model)
         self._graphdef = self._computing = graphdef
         if options.compute_dtype is not None:
-            # Flax's layers keep the dtype that they were made with, and would cast back to it.
-            cls, dtype = type(model), jnp.dtype(options.compute_dtype)
-            narrow = nnx.eval_shape(lambda: cls(model.config, dtype=dtype, rngs=nnx.Rngs(0)))
-            self._computing = nnx.graphdef(narrow)
+            self._computing = nnx.graphdef(_computing(model, jnp.dtype(options.compute_dtype)))
         check_model(model.config, {x.dtype.name for x in jax.tree.leaves(params)})
         self._config, self._recipe, self._options = model.config, recipe, options
         self._optimizer, self._clip = optax_adamw(recipe)
+        self._mesh, places = mesh, None
+        if mesh is not None:
+            at, opened = self.places(params), NamedSharding(mesh, PartitionSpec())
+            places = at.params, at.optimizer, Metrics(opened, opened)
         on_cpu = all(isinstance(x, jax.Array) and x.platform() == "cpu" for x in jax.tree.leaves(params))
         self._compiled = jax.jit(
             self._update,
             donate_argnums=(0, 1),
+            out_shardings=places,
             compiler_options=CPU_OPTIONS if on_cpu and options.remat != "none" else None,
         )
 
     def init(self, model: Any) -> State:
         """The state before the first update, with a copy of the model's weights: the model stays whole."""
         _, params, fixed = _split(model)
+        if self._mesh is not None:
+            # Made on the devices that keep it: the whole would not fit on one.
+            places = self.places(params)
+            params = jax.device_put(params, places.params, may_alias=False)
+            start = jax.jit(self._optimizer.init, out_shardings=places.optimizer)
+            return State(params, jax.tree.map(jnp.copy, fixed), start(params), 0)
         params, fixed = jax.tree.map(jnp.copy, (params, fixed))
         return State(params, fixed, self._optimizer.init(params), 0)
 
+    def abstract(self, model: Any) -> State:
+        """What `init` gives, as shapes that know where they lie on the mesh: all that `lower` needs."""
+        _, params, fixed = _split(model)
+        state = State(params, fixed, jax.eval_shape(self._optimizer.init, params), 0)
+        if self._mesh is None:
+            return state
+        places = self.places(params)
+        put = partial(jax.tree.map, lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at))
+        return state._replace(
+            params=put(params, places.params), optimizer=put(state.optimizer, places.optimizer)
+        )
+
+    def places(self, params: Any) -> State:
+        """Where the step's mesh has each part of the state: moments lie with their parameters."""
+        at = tree_shardings(params, self._mesh)  # type: ignore[arg-type]  # only with a mesh
+        opened = NamedSharding(self._mesh, PartitionSpec())  # type: ignore[arg-type]  # only with a mesh
+        moments = optax.tree_map_params(
+            self._optimizer,
+            lambda _, place: place,
+            jax.eval_shape(self._optimizer.init, params),
+            at,
+            transform_non_params=lambda _: opened,
+        )
+        return State(at, None, moments, 0)
+
     def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
         """One update. Raises UsageError for a batch that does not fit."""
-        params, optimizer, metrics = self._compiled(*self._arguments(state, batch))
+        with self._on_mesh():
+            params, optimizer, metrics = self._compiled(*self._arguments(state, batch))
         return State(params, state.fixed, optimizer, state.updates + 1), metrics
 
     def lower(self, state: State, batch: Batch) -> Any:
         """The step for a state and a batch of these shapes, lowered and not run: what compilers analyse."""
-        return self._compiled.lower(*self._arguments(state, batch))
+        with self._on_mesh():
+            return self._compiled.lower(*self._arguments(state, batch))
 
     def model(self, state: State) -> Any:
         """The twin with the state's weights, which are its own until the next step consumes them."""
         return nnx.merge(self._graphdef, state.params, state.fixed)
+
+    def _on_mesh(self) -> Any:
+        return jax.set_mesh(self._mesh) if self._mesh is not None else contextlib.nullcontext()
 
     def _arguments(self, state: State, batch: Batch) -> tuple[Any, ...]:
         check_batch(batch, self._config.vocab_size, self._options.accumulate)
@@ -168,6 +213,19 @@ def _split(model: Any) -> tuple[Any, Any, Any]:
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(fixed)
 
 
+def _computing(model: Any, dtype: jnp.dtype) -> Any:
+    """The structure of a model that computes in another dtype, its attention and its loops as they are.
+
+    Flax's layers keep the dtype that they were made with, and would cast back to it.
+    """
+    narrow = nnx.merge(*nnx.split(model))
+    for _, module in nnx.iter_modules(narrow):
+        for name in ("dtype", "param_dtype"):
+            if getattr(module, name, None) is not None:
+                setattr(module, name, dtype)
+    return narrow
+
+
 def _cost(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Cross-entropy summed over the targets, in at least float32. [R, V], [R] -> []"""
     wide = jax.nn.log_softmax(logits.astype(at_least_float32(logits.dtype)), axis=-1)
@@ -192,11 +250,13 @@ def _rematerialise(model: Any, policy: Any) -> None:
     """Let every block of a model store only what the policy says; the model is one trace's own."""
     for blocks in vars(model).values():
         for block in blocks if isinstance(blocks, nnx.List) else ():
+            block = block.stacked if isinstance(block, Scanned) else block
             block.__class__ = _rematerialised(type(block), policy)
 
 
 def _rematerialised(cls: Any, policy: Any) -> type:
     # vs torch: Python looks a call up in the class, so one instance changes by getting a class of its own
+    @functools.wraps(cls.__call__)  # a loop over layers looks at what a block takes
     def call(self, *args, **kwargs):
         # Closed over: a block takes indices and caches that are no arrays, beside those that are.
         return jax.checkpoint(lambda: cls.__call__(self, *args, **kwargs), policy=policy)()

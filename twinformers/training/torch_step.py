@@ -2,7 +2,8 @@
 
 The state is given up and returned. Micro-batches follow one another in a loop, blocks are computed again in
 the backward pass by policy, and the cross-entropy takes the sequence piece by piece: a piece's gradient is
-taken at once, so that the logits of the whole never exist and no product of the head is made twice.
+taken at once, so that the logits of the whole never exist and no product of the head is made twice. On a mesh
+(`twinformers.sharding.torch_side`) each process has its own rows, and what is summed is summed over all.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from torch_models.layers import at_least_float32, subkey
 from torch_models.random import fold_in, key
+from twinformers.errors import UsageError
 from twinformers.training.adamw import AdamW, torch_adamw
 from twinformers.training.step import Batch, Metrics, StepOptions, check_batch, check_model, random_batch
 
@@ -59,7 +62,9 @@ def make_step(model: Any, recipe: AdamW, *, compiled: bool = False, **options: A
     """A training step: `state = step.init(model)`, then `state, metrics = step(state, batch)`.
 
     `compiled` runs model and loss through `torch.compile`; the other options are fields of `StepOptions`.
-    Raises UsageError for a bad option, a model that is no language model, and weights narrower than float32.
+    For a model on a mesh a batch is this process's rows of it (`shard_batch`), micro-batches are counted
+    within them, and dropout draws other masks than without the mesh. Raises UsageError for a bad option, a
+    model that is no language model, weights narrower than float32, and what a mesh does not go with.
     """
     return Step(model, recipe, StepOptions(**options), compiled=compiled)
 
@@ -70,11 +75,22 @@ class Step:
     def __init__(self, model: Any, recipe: AdamW, options: StepOptions, *, compiled: bool = False):
         check_model(model.config, {str(p.dtype).removeprefix("torch.") for p in model.parameters()})
         self._config, self._recipe, self._options = model.config, recipe, options
+        self._mesh = getattr(model, "mesh", None)
+        if self._mesh is not None and (compiled or options.compute_dtype):
+            raise UsageError(
+                "the step cannot do this on a mesh",
+                where="compiled" if compiled else "compute_dtype",
+                expected="a step without it",
+                found="a model whose weights are gathered by hooks",
+                hint="" if compiled else "give compute_dtype to `shard`, which gathers the weights in it",
+            )
         compiler = partial(torch.compile, fullgraph=True, dynamic=False) if compiled else lambda f: f
         self._hidden, self._cost = compiler(_hidden), compiler(_cost)
 
     def init(self, model: Any) -> State:
         """The state before the first update. vs jax: the model itself is trained, not a copy of it."""
+        if self._mesh is not None:
+            model.reshard()  # what a call without a backward pass has left gathered
         optimizer, clip = torch_adamw(self._recipe, model)
         for group in optimizer.param_groups:
             group["fused"] = True  # the same formula in one pass over memory instead of ten
@@ -93,9 +109,11 @@ class Step:
         tokens, positions, targets = (torch.as_tensor(x, device=device) for x in batch)
         targets = torch.where(positions >= 0, targets, -1).long()  # [B, T]
         # One mean over the whole batch: micro-batches and pieces may hold different numbers of real tokens.
-        total = torch.clamp(torch.sum(targets >= 0), min=1)
+        total = torch.clamp(self._sum(torch.sum(targets >= 0)), min=1)
         number, seed = updates + 1, self._options.seed
         update_key = None if seed is None else fold_in(key(seed, device), number)
+        if self._mesh is not None:  # other rows, other masks
+            update_key = subkey(update_key, _sharding().batch_index(self._mesh))
         optimizer.zero_grad(set_to_none=True)
         if compute is not model:
             with torch.no_grad():
@@ -112,7 +130,11 @@ class Step:
                 x.backward(of_x)
                 loss = loss + cost
         trained = [p.grad for p in model.parameters() if p.grad is not None]
-        metrics = Metrics(loss, torch.nn.utils.get_total_norm(trained))
+        if self._mesh is None:
+            norm = torch.nn.utils.get_total_norm(trained)
+        else:
+            norm = _sharding().total_norm(trained, self._mesh)
+        metrics = Metrics(self._sum(loss), norm)
         clip()
         for group in optimizer.param_groups:
             group["lr"] = self._recipe.rate(number)
@@ -129,13 +151,23 @@ class Step:
         """Loss over `total` tokens and its gradient by x; the head's go to its parameters. [B, T, D]"""
         size = self._options.chunk or x.shape[1]
         loss, of_x = torch.zeros((), device=x.device), []
-        for piece, wanted in zip(x.detach().split(size, 1), targets.split(size, 1), strict=True):
+        pieces = list(zip(x.detach().split(size, 1), targets.split(size, 1), strict=True))
+        for piece, wanted in pieces if self._mesh is None else _sharding().head_passes(compute, pieces):
             piece.requires_grad_()  # [B, size, D]
             cost = self._cost(compute, piece, wanted) / total
             cost.backward()
             of_x.append(piece.grad)
             loss = loss + cost.detach()
         return loss, torch.cat(of_x, dim=1)
+
+    def _sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Over all rows of the batch, of which this process has some on a mesh."""
+        return x if self._mesh is None else _sharding().summed(x, self._mesh)
+
+
+def _sharding() -> Any:
+    """What a step needs on a mesh alone: importing PyTorch's distributed engine takes its time."""
+    return importlib.import_module("twinformers.sharding.torch_side")
 
 
 def _hidden(

@@ -212,6 +212,16 @@ class Leaf:
             array, f"{here} -> {there}", **{a: self.sizes[a] for a in re.findall(r"[A-Za-z]\w*", here)}
         )
 
+    def order(self, source: str, target: str) -> list[int] | None:
+        """For each axis of `target`, which of `source` it is, where no axis is taken apart; else None."""
+        here, there = self.places[source], self.places[target]
+        if here.fused or there.fused:
+            return None
+        axes = _groups(here.axes)
+        if len(set(axes)) < len(axes) or set(axes) != set(_groups(there.axes)):
+            return None
+        return [axes.index(group) for group in _groups(there.axes)]
+
     def pack(self, pieces: list[np.ndarray], side: str) -> np.ndarray:
         """The tensor that the side stores, from all its parts in their order there."""
         if not self.places[side].fused:

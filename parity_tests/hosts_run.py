@@ -1,0 +1,80 @@
+"""What `test_hosts.py` has each of two processes do; four of the eight devices are its own."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from functools import partial
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from sharded_run import LENGTH, ROWS, far
+
+import twinformers
+from jax_models import functional
+from twinformers.sharding.jax_side import make_mesh, shard_batch, sharded_cache
+from twinformers.sharding.loading import load_sharded
+from twinformers.training.adamw import AdamW
+from twinformers.training.jax_step import make_step
+from twinformers.training.step import random_batch
+
+
+def whole(tree):
+    return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)
+
+
+def results(model, tokens, positions, batch, mesh=None):
+    """Logits with a cache in two calls, losses and norms of two updates, and the weights after them."""
+    apply, params = functional(model)
+    place = partial(shard_batch, mesh=mesh) if mesh else lambda tree: tree
+    cache = sharded_cache(model, ROWS, 32, mesh) if mesh else model.empty_cache(ROWS, 32)
+    step, logits = jax.jit(apply), []
+    for part in (slice(0, 7), slice(7, LENGTH)):
+        out, cache = step(params, *place((tokens[:, part], positions[:, part])), cache)
+        logits.append(out)
+    update = make_step(model, AdamW(clip=0.5), mesh=mesh)
+    state, told = update.init(model), []
+    for _ in range(2):
+        state, metrics = update(state, place(batch))
+        told += [metrics.loss, metrics.norm]
+    return logits, told, state.params
+
+
+def compare(folder):
+    mesh = make_mesh(fsdp=4, tensor=2)
+    model = load_sharded(folder, mesh, "float64")
+    config = model.config
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
+    batch = random_batch(config, ROWS, LENGTH)
+    found = whole(results(model, tokens, positions, batch, mesh))
+    with jax.default_device(jax.local_devices()[0]):
+        one = twinformers.load(folder, "jax", "float64", jax.local_devices()[0])
+        truth = jax.tree.map(np.asarray, results(one, tokens, positions, batch))
+    return {"logits": far(truth[0], found[0]), "update": far(truth[1:], found[1:])}
+
+
+def measure(folder, mesh_sizes):
+    """Bytes that loading took at the most, and those of the weights that lie here afterwards."""
+    mesh = make_mesh(**mesh_sizes)
+    jax.block_until_ready(jax.jit(lambda x: x + 1)(np.zeros(8)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = load_sharded(folder, mesh, "float32")
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _, params = functional(model)
+    leaves = jax.tree.leaves(params)
+    held = sum(piece.data.nbytes for x in leaves for piece in x.addressable_shards)
+    return {"peak": (after - before) * 1024, "held": held, "all": sum(x.nbytes for x in leaves)}
+
+
+def main(index, port, folder, what):
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
+    assert (len(jax.devices()), len(jax.local_devices())) == (8, 4)
+    return compare(folder) if what == "compare" else measure(folder, what)
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*json.loads(sys.argv[1]))))

@@ -1,0 +1,111 @@
+"""Two processes of four devices each: the results of one device, and no more in memory than their share."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_sharding import EVEN, LIMIT
+
+import twinformers
+from twinformers.checkpoints import opened, port
+from twinformers.checkpoints.preset import PresetCheckpoint
+from twinformers.configs import preset
+
+
+def both(folder, what, x64=True):
+    """The answers of two processes that know each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        number = free.getsockname()[1]
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_X64": str(int(x64)),
+        "XLA_FLAGS": flags,
+    }
+    command = [sys.executable, str(Path(__file__).with_name("hosts_run.py"))]
+    processes = [
+        subprocess.Popen(
+            [*command, json.dumps([index, number, str(folder), what])],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for index in range(2)
+    ]
+    try:
+        outputs = [p.communicate(timeout=300) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(error[-2000:] for _, error in outputs)
+    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+
+
+@pytest.mark.parametrize("to", ["hf", "torch", "jax"])
+def test_two_processes_match_one_device(to, tmp_path):
+    port(PresetCheckpoint("test", preset("llama-tiny").replace(**EVEN)), tmp_path / "model", to=to)
+    for found in both(tmp_path / "model", "compare"):
+        assert found["logits"] <= LIMIT and found["update"] <= 1e-10
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_loading_takes_the_memory_of_a_share(sizes, tmp_path):
+    """Rows, columns and both: what a process has in memory at the most is what it keeps, and a piece."""
+    config = preset("llama-tiny").replace(
+        vocab_size=8192,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=64,
+        num_hidden_layers=6,
+    )
+    port(PresetCheckpoint("test", config), tmp_path / "model", to="hf")
+    copies = sizes.get("data", 1)
+    for found in both(tmp_path / "model", sizes, x64=False):
+        # On this mesh the rows of "data" are the processes: each of them has all of the weights.
+        assert found["held"] == pytest.approx(found["all"] / (1 if copies > 1 else 2), rel=0.01)
+        assert found["all"] > 350e6, "too small to be seen"
+        assert found["peak"] <= found["held"] + 60e6
+
+
+def test_a_part_of_a_tensor_is_the_part_of_the_whole(tmp_path):
+    config = preset("llama-tiny")
+    for to in ("hf", "jax"):
+        port(PresetCheckpoint("test", config), tmp_path / to, to=to)
+        with opened(tmp_path / to) as checkpoint:
+            for name, info in checkpoint.tensors.items():
+                whole = np.array(checkpoint.read(name))
+                cuts = [
+                    tuple(slice(None) for _ in info.shape),
+                    tuple(slice(n // 3, n - 1) for n in info.shape),
+                    (slice(1, 2), *(slice(None) for _ in info.shape[1:])),
+                    (*(slice(None) for _ in info.shape[1:]), slice(0, 3)),
+                    tuple(slice(2, 2) for _ in info.shape),
+                ]
+                for cut in cuts:
+                    assert np.array_equal(checkpoint.read_part(name, cut), whole[cut]), (name, cut)
+
+
+@pytest.mark.parametrize("source", ["preset:llama-tiny", "preset:transformer-tiny"])
+def test_every_parameter_is_loaded_as_load_does(source):
+    import jax
+    from flax import nnx
+
+    from twinformers.sharding.jax_side import make_mesh
+    from twinformers.sharding.loading import load_sharded
+
+    mesh = make_mesh(devices=jax.devices()[:1])
+    models = twinformers.load(source, "jax"), load_sharded(source, mesh)
+    left, right = (jax.tree.leaves(nnx.split(m)[1]) for m in models)
+    assert len(left) == len(right) and all((a == b).all() for a, b in zip(left, right, strict=True))

@@ -1,0 +1,95 @@
+"""Weights straight into shards: each process reads and holds what its own devices keep, and no more."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from twinformers.checkpoints import opened
+from twinformers.checkpoints.base import Checkpoint
+from twinformers.checkpoints.dtypes import cast, check_dtype
+from twinformers.checkpoints.porting import entries
+from twinformers.errors import UsageError
+from twinformers.sharding.jax_side import sharding
+from twinformers.weight_maps import weight_map
+
+
+def load_sharded(
+    source: Any, mesh: Mesh, dtype: str = "float32", *, attention: str = "einsum", check: bool = False
+) -> Any:
+    """A Flax twin on a mesh, of which every process calls this alike; `load` for models that one cannot hold.
+
+    A tensor is cut where it is read. From safetensors a process reads the rows of its own devices and has one
+    shard in memory at a time, whatever the tensor's layout; what is packed or quantised is read whole, one
+    tensor at a time. `source`, `dtype`, `attention` and `check` as in `load`. Raises its errors, and
+    UsageError for parameters without a rule.
+    """
+    check_dtype(dtype)
+    if dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise UsageError(
+            "JAX would silently make float32 of float64",
+            where="dtype",
+            hint="call inside `with jax.enable_x64(True):`, or set JAX_ENABLE_X64=1",
+        )
+    with opened(source, check=check) as checkpoint:
+        config: Any = checkpoint.config
+        cls = getattr(importlib.import_module(f"jax_models.{config.architecture}"), config.model_class)
+        skeleton = nnx.eval_shape(lambda: cls(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+        if attention != "einsum":
+            importlib.import_module("jax_models.fused").use_attention(skeleton, attention)
+        graphdef, state = nnx.split(skeleton)
+        params: dict[Any, Any] = nnx.to_pure_dict(state)
+        for entry in entries(checkpoint, "jax", dtype):  # which compares all headers first
+            *parents, leaf = [int(part) if part.isdecimal() else part for part in entry.name.split(".")]
+            node: Any = params
+            for part in parents:
+                node = node[part]
+            node[leaf] = _array(checkpoint, entry.name, entry.shape, dtype, mesh)
+    return nnx.merge(graphdef, params)
+
+
+def _array(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: str, mesh: Mesh) -> jax.Array:
+    read: Any = Parts(checkpoint, name, dtype)
+    trains = weight_map(checkpoint.config).leaves("jax")[name].trains
+    place = sharding(name, shape, mesh) if trains else NamedSharding(mesh, PartitionSpec())
+    array = jax.make_array_from_callback(shape, place, read)
+    # The next tensor is read when this one lies where it belongs, so that no two wait in memory.
+    return jax.block_until_ready(array)
+
+
+class Parts:
+    """The parts of one parameter as the Flax twin has it: `parts(index)`, each read when asked for.
+
+    Devices that keep the same part ask one after another, so the last one is remembered.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, name: str, dtype: str):
+        self._checkpoint, self._dtype = checkpoint, dtype
+        self._leaf = weight_map(checkpoint.config).leaves("jax")[name]
+        self._last: tuple[Any, Any] = (None, None)
+
+    def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
+        asked = tuple((s.start, s.stop) for s in index)
+        if self._last[0] != asked:
+            self._last = (None, None)  # let go before more is read
+            part = self._read(index)
+            name = self._leaf.name(self._checkpoint.side)
+            self._last = (asked, np.ascontiguousarray(cast(part, self._dtype, name)))
+        return self._last[1]
+
+    def _read(self, index: tuple[slice, ...]) -> np.ndarray:
+        leaf, side = self._leaf, self._checkpoint.side
+        name = leaf.name(side)
+        order = leaf.order(side, "jax")
+        if order is None:  # the axes themselves are taken apart
+            return leaf.move(self._checkpoint.read(name), side, "jax")[index]
+        there = [slice(None)] * len(index)
+        for here, axis in enumerate(order):
+            there[axis] = index[here]
+        return self._checkpoint.read_part(name, tuple(there)).transpose(order)
