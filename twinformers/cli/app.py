@@ -10,6 +10,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from twinformers.cli import train_text
 from twinformers.errors import TwinformersError
 
 app = typer.Typer(
@@ -255,9 +256,61 @@ def diverge(
     raise typer.Exit(verb.run(left, right, gradients=gradients, limit=limit, json=json))
 
 
-@app.command(epilog="Example: twinformers train translation --framework jax --out ./numbers")
-def train(
-    task: Annotated[str, typer.Argument(help="translation: number names, English to German.")],
+@app.command(
+    epilog="Example: twinformers tpu preset:llama2-70b --topology v5p:4x4x4 --batch 64 --sequence 4096"
+)
+def tpu(
+    source: Source,
+    topology: Annotated[
+        str, typer.Option(help="GENERATION:SHAPE, as v5e:16x16 or v5p:4x4x4; v4, v5e, v5p, v6e, tpu7x.")
+    ],
+    mode: Annotated[str, typer.Option(help="train, prefill or decode (one token a row).")] = "train",
+    batch: Annotated[int, typer.Option(help="Rows in all.")] = 64,
+    sequence: Annotated[int, typer.Option(help="Tokens of a row, or of its cache.")] = 4096,
+    mesh: Annotated[
+        Text, typer.Option(help="Sizes as data=1,fsdp=64,tensor=1; their product is the devices.")
+    ] = None,
+    remat: Annotated[str, typer.Option(help="What training computes again: none, dots or full.")] = "full",
+    attention: Annotated[str, typer.Option(help="splash, or einsum.")] = "splash",
+    accumulate: Annotated[int, typer.Option(help="Micro-batches of an update.")] = 1,
+    chunk: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Tokens of a row whose logits are held at a time; default all."),
+    ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Try several meshes and policies, and recommend one.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Compile for a TPU slice without a TPU: does it fit, and what would a step take? Exit code 1 if not."""
+    from twinformers.cli import tpu as verb
+
+    options = {
+        "mode": mode,
+        "batch": batch,
+        "sequence": sequence,
+        "attention": attention,
+        "accumulate": accumulate,
+        "chunk": chunk,
+    }
+    if not search:
+        options["remat"] = remat
+    code = verb.run(source, topology, mesh=mesh, searching=search, json=json, **options)
+    raise typer.Exit(code)
+
+
+train = typer.Typer(no_args_is_help=True)
+app.add_typer(
+    train,
+    name="train",
+    help="Train a language model on text, or a translator; each task has --help and --json.",
+    epilog="Example: twinformers train translation --framework jax --out ./numbers",
+)
+train.command("text", epilog=train_text.EPILOG)(train_text.train_text)
+
+
+@train.command("translation", epilog="Example: twinformers train translation --framework jax --out ./numbers")
+def train_translation(
     out: Annotated[Path, typer.Option(help="The folder to write; `translate` reads it.")],
     framework: Annotated[str, typer.Option(help="jax or torch.")] = "jax",
     steps: Annotated[Optional[int], typer.Option(help="Updates in all; default 3000.")] = None,  # noqa: UP045
@@ -270,7 +323,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     json: Json = False,
 ) -> None:
-    """Train a translator in either framework; Ctrl-C leaves a checkpoint that --resume goes on with."""
+    """Train a translator of number names, English to German; after Ctrl-C, --resume goes on."""
     from twinformers.cli import train as verb
 
     settings = {
@@ -282,7 +335,7 @@ def train(
         "preset": preset,
     }
     options = {"framework": framework, "resume": resume, "save_every": save_every}
-    raise typer.Exit(verb.run(task, out, **options, settings=settings, json=json))  # type: ignore[arg-type]
+    raise typer.Exit(verb.run("translation", out, **options, settings=settings, json=json))  # type: ignore[arg-type]
 
 
 @app.command(epilog='Example: twinformers translate ./numbers --text "two hundred fifty-four"')

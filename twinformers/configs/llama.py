@@ -400,7 +400,8 @@ def _preset(
     )
 
 
-#: Released models, from their published config.json, and `llama-tiny`, in which no two dimensions agree.
+#: Released models, from their published config.json, `llama-10m`, which anybody can train, and `llama-tiny`,
+#: in which no two dimensions agree.
 PRESETS: dict[str, LlamaConfig] = {
     "llama2-7b": _preset(32000, 4096, 11008, 32, 32, 32, theta=1e4, length=4096),
     "llama2-13b": _preset(32000, 5120, 13824, 40, 40, 40, theta=1e4, length=4096),
@@ -422,6 +423,8 @@ PRESETS: dict[str, LlamaConfig] = {
     "smollm2-135m": _preset(49152, 576, 1536, 30, 9, 3, theta=1e5, length=8192, tied=True),
     "smollm2-360m": _preset(49152, 960, 2560, 32, 15, 5, theta=1e5, length=8192, tied=True),
     "smollm2-1.7b": _preset(49152, 2048, 8192, 24, 32, 32, theta=1.3e5, length=8192, tied=True),
+    # 10 million parameters with the vocabulary that `train text` makes by default.
+    "llama-10m": _preset(4096, 320, 864, 7, 5, 5, theta=1e4, length=1024, tied=True),
     # 100 original positions put one of its five frequencies between the bands, one above and three below.
     "llama-tiny": _preset(
         251, 48, 88, 3, 6, 2, head_dim=10, theta=7e4, length=1024, scaling=_llama3(8.0, original=100)
