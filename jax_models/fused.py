@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +118,14 @@ def use_attention(model: nnx.Module, name: str) -> None:
         raise UsageError(
             "unknown attention", where="attention", expected=" or ".join(ATTENTIONS), found=repr(name)
         )
+    set_attention(model, ATTENTIONS[name])
+
+
+def set_attention(model: nnx.Module, function: Callable[..., Any]) -> None:
+    """Let every attention of a model compute by a function like `layers.attend`.
+
+    Raises UsageError for a model whose attention cannot be chosen.
+    """
     modules = [m for _, m in nnx.iter_modules(model) if "attend" in vars(m)]
     if not modules:
         raise UsageError(
@@ -125,4 +135,4 @@ def use_attention(model: nnx.Module, name: str) -> None:
             found=type(model).__name__,
         )
     for module in modules:
-        module.attend = ATTENTIONS[name]  # type: ignore[attr-defined]
+        module.attend = function  # type: ignore[attr-defined]

@@ -221,7 +221,9 @@ PUBLISHED = {
 
 def test_every_released_preset_has_its_published_size():
     assert {
-        name: weight_map(config).parameters for name, config in PRESETS.items() if name not in ("llama-10m", "llama-tiny")
+        name: weight_map(config).parameters
+        for name, config in PRESETS.items()
+        if name not in ("llama-10m", "llama-tiny")
     } == PUBLISHED
 
 

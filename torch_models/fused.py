@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -51,6 +54,14 @@ def use_attention(model: nn.Module, name: str) -> None:
         raise UsageError(
             "unknown attention", where="attention", expected=" or ".join(ATTENTIONS), found=repr(name)
         )
+    set_attention(model, ATTENTIONS[name])
+
+
+def set_attention(model: nn.Module, function: Callable[..., Any]) -> None:
+    """Let every attention of a model compute by a function like `layers.attend`.
+
+    Raises UsageError for a model whose attention cannot be chosen.
+    """
     modules = [m for m in model.modules() if "attend" in vars(m)]
     if not modules:
         raise UsageError(
@@ -60,4 +71,4 @@ def use_attention(model: nn.Module, name: str) -> None:
             found=type(model).__name__,
         )
     for module in modules:
-        module.attend = ATTENTIONS[name]  # type: ignore[assignment]
+        module.attend = function  # type: ignore[assignment]

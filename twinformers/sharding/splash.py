@@ -7,16 +7,16 @@ the order of their positions, padding at the end of a row or, without a cache, a
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jax_models import layers
-from twinformers.errors import UsageError
+from jax_models.fused import set_attention
 from twinformers.sharding import BATCH, TENSOR
 
 #: Queries and keys of one block; what divides the sequence, the larger the better.
@@ -53,8 +53,8 @@ def splash(
     segments = library.SegmentIds(q=real.astype(jnp.int32), kv=real.astype(jnp.int32))
     each = jax.vmap(kernel, in_axes=(0, 0, 0, None))  # the key-value heads of a row
     # Nothing is gained by a higher precision than that of what is multiplied, and a TPU refuses to.
-    given = jax.config.read("jax_default_matmul_precision")
-    with jax.default_matmul_precision("default" if q.dtype.itemsize == 2 else given):
+    narrow = q.dtype.itemsize == 2
+    with jax.default_matmul_precision("default") if narrow else contextlib.nullcontext():
         x = jax.vmap(each)(heads, k.swapaxes(1, 2), v.swapaxes(1, 2), segments)  # [B, K, G, T, H]
     x = jnp.where(kept[:, None, None, None, None], x, jnp.nan)
     return x.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
@@ -97,15 +97,5 @@ def use_splash(model: Any, mesh: Mesh | None = None, *, interpret: bool = False)
     Before it is scanned, split or compiled. The model then answers causal passes only: see `splash`. Raises
     UsageError for a model whose attention cannot be chosen.
     """
-    modules = [m for _, m in nnx.iter_modules(model) if "attend" in vars(m)]
-    if not modules:
-        raise UsageError(
-            "the model has no attention to choose",
-            where="attention",
-            expected="a module with the attribute `attend`",
-            found=type(model).__name__,
-        )
-    chosen = partial(attend, mesh=mesh, interpret=interpret)
-    for module in modules:
-        module.attend = chosen  # type: ignore[attr-defined]
+    set_attention(model, partial(attend, mesh=mesh, interpret=interpret))
     return model
