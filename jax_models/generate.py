@@ -128,18 +128,12 @@ class Generator:
         for _ in range(2):
             next(steps, None)
 
-    def stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        stop_tokens: Sequence[int] = (),
-        sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
-    ) -> Iterator[list[int | None]]:
-        """Yield one token per row and step, None for rows that have finished.
+    def begin(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
+    ) -> tuple[jax.Array, KVCache, jax.Array | None, np.ndarray]:
+        """Read the prompts: the first new token [B], the cache, the tokens seen [B, V], and lengths [B].
 
-        A stop token is yielded, then its row is finished. Prompts may differ in length. Raises UsageError
-        for an empty prompt, a token outside the vocabulary, or more positions than the model was made for.
+        The cache has room for the prompts alone; tokens seen are kept where a penalty needs them.
         """
         check_prompts(prompts, max_new_tokens, self.config.vocab_size, self.config.max_position_embeddings)
         lengths = np.array([len(p) for p in prompts], np.int32)  # [B]
@@ -158,6 +152,23 @@ class Generator:
         chosen, cache, seen = self._step(
             self._params, tokens, positions, lengths - 1, cache, seen, seed, 0, sampling
         )
+        return chosen, cache, seen, lengths
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop_tokens: Sequence[int] = (),
+        sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
+    ) -> Iterator[list[int | None]]:
+        """Yield one token per row and step, None for rows that have finished.
+
+        A stop token is yielded, then its row is finished. Prompts may differ in length. Raises UsageError
+        for an empty prompt, a token outside the vocabulary, or more positions than the model was made for.
+        """
+        chosen, cache, seen, lengths = self.begin(prompts, max_new_tokens, sampling)
+        seed = key(sampling.seed)
         stops = np.full(bucket(len(stop_tokens)), -1, np.int32)  # few lengths, few compilations
         stops[: len(stop_tokens)] = stop_tokens
         running, out, count = np.ones(len(prompts), bool), np.asarray(chosen)[:, None], 1

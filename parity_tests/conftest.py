@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 
 import pytest
 
+from twinformers.tpu.environment import spare_the_search
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # each test compiles what it measures
+spare_the_search()
 
 
 def pytest_addoption(parser):
     parser.addoption("--jax-device", default="cpu", help="where the Flax twin runs: cpu, gpu or tpu")
     parser.addoption("--torch-device", default="cpu", help="where the PyTorch twin runs: cpu or cuda")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled():
+    """What one file compiled is of no use to the next, and adds up to gigabytes."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

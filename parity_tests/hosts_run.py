@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from saving_run import most, refused
 from sharded_run import LENGTH, ROWS, far
 
 import twinformers
 from jax_models import functional
+from twinformers.sharding import saving
+from twinformers.sharding.jax_saving import save_sharded
 from twinformers.sharding.jax_side import make_mesh, shard_batch, sharded_cache
 from twinformers.sharding.loading import load_sharded
+from twinformers.sharding.scanned import scan_layers
 from twinformers.training.adamw import AdamW
 from twinformers.training.jax_step import make_step
 from twinformers.training.step import random_batch
@@ -53,27 +57,52 @@ def compare(folder):
     with jax.default_device(jax.local_devices()[0]):
         one = twinformers.load(folder, "jax", "float64", jax.local_devices()[0])
         truth = jax.tree.map(np.asarray, results(one, tokens, positions, batch))
-    return {"logits": far(truth[0], found[0]), "update": far(truth[1:], found[1:])}
+    return {
+        "logits": far(truth[0], found[0]),
+        "update": far(truth[1:], found[1:]),
+        "alone": refused(save_sharded, one, folder.parent / "alone"),
+        **saved(model, folder),
+    }
+
+
+def saved(model, folder):
+    """What saving says: as Hugging Face's, scanned as PyTorch's, over what is there, on a full disk."""
+    place = folder.parent
+    saving.BLOCK_BYTES = 10_000  # so that matrices take several
+    sums = save_sharded(model, place / "saved", source=folder, shard_size=100_000)
+    save_sharded(scan_layers(model), place / "scanned", to="torch", dtype="float32")
+    return {
+        "sums": sums,
+        "exists": refused(save_sharded, model, place / "scanned"),
+        "full": refused(save_sharded, model, place / "new" / "full", full=jax.process_index() == 1),
+        "bad": refused(save_sharded, model, place / "bad", to="gguf"),
+    }
 
 
 def measure(folder, mesh_sizes):
-    """Bytes that loading took at the most, and those of the weights that lie here afterwards."""
+    """Bytes that loading took at the most, of the weights that lie here, and of both and saving."""
     mesh = make_mesh(**mesh_sizes)
     jax.block_until_ready(jax.jit(lambda x: x + 1)(np.zeros(8)))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = most()
     model = load_sharded(folder, mesh, "float32")
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    after = most()
     _, params = functional(model)
     leaves = jax.tree.leaves(params)
     held = sum(piece.data.nbytes for x in leaves for piece in x.addressable_shards)
-    return {"peak": (after - before) * 1024, "held": held, "all": sum(x.nbytes for x in leaves)}
+    save_sharded(model, folder.parent / "saved")
+    return {
+        "peak": after - before,
+        "saving": most() - before,
+        "held": held,
+        "all": sum(x.nbytes for x in leaves),
+    }
 
 
 def main(index, port, folder, what):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
     assert (len(jax.devices()), len(jax.local_devices())) == (8, 4)
-    return compare(folder) if what == "compare" else measure(folder, what)
+    return compare(Path(folder)) if what == "compare" else measure(Path(folder), what)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from mutations.planting import Edit, planted
+from saving_run import most
+from saving_run import refused as refused_saving
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -23,7 +24,9 @@ from torch_models.random import fold_in, key
 from twinformers.checkpoints.preset import PresetCheckpoint
 from twinformers.configs import preset
 from twinformers.errors import UsageError
-from twinformers.sharding import AXES, DATA, FSDP, TENSOR
+from twinformers.sharding import AXES, DATA, FSDP, TENSOR, saving
+from twinformers.sharding.torch_loading import load_sharded
+from twinformers.sharding.torch_saving import save_sharded
 from twinformers.sharding.torch_side import make_mesh, shard, shard_batch
 from twinformers.training.adamw import AdamW
 from twinformers.training.step import Batch
@@ -41,6 +44,21 @@ EVEN = preset("llama-tiny").replace(
 )
 #: One key-value head, an embedding that is the head, and a vocabulary that nothing divides.
 ODD = preset("llama-tiny").replace(num_key_value_heads=1, tie_word_embeddings=True)
+#: One whose weights have an axis that "tensor" cuts, and then "fsdp" into parts that are not alike.
+STRIDED = ODD.replace(hidden_size=33, num_attention_heads=3)
+#: Three tables and a head, and biases.
+APART = preset("transformer-tiny").replace(share_embeddings=False, tie_word_embeddings=False)
+#: One that also has a buffer, which is no parameter; one whose folder has tables that are computed.
+MARIAN = preset("transformer-tiny").replace(model_type="marian", activation_function="swish")
+FSMT = APART.replace(model_type="fsmt", pad_token_id=1, eos_token_id=2)
+#: By what each is saved as: format, dtype, bytes of a file at the most.
+SAVED = {
+    "even": (EVEN, "hf", "float32", 50_000),
+    "odd": (STRIDED, "torch", "bfloat16", 1 << 30),
+    "apart": (APART, "torch", "float64", 1 << 30),
+    "marian": (MARIAN, "hf", "float32", 1 << 30),
+    "fsmt": (FSMT, "hf", "float32", 1 << 30),
+}
 PLANTED = "layers.1.mlp.up_proj"
 
 SIDE, STEP = "twinformers.sharding.torch_side", "twinformers.training.torch_step"
@@ -175,7 +193,7 @@ def updates(config, mesh, dtype="float64", **options):
 
 def translated(mesh):
     """The encoder-decoder: a full pass with its gradients, and cached decoding."""
-    config = preset("transformer-tiny").replace(share_embeddings=False, tie_word_embeddings=False)
+    config = APART
     one, many = both(config, mesh)
     tokens, positions = inputs(config)
     source = tokens.flip(0), positions.flip(0)
@@ -199,6 +217,49 @@ def translated(mesh):
         "translate cached": far([wanted], [real(cached, mine[1])]),
         "translate gradients": worst,
     }
+
+
+def stored(mesh, folder):
+    """How many tensors loaded into shards are not what `shard` makes of `load`; each model is then saved."""
+    wrong, block = 0, saving.BLOCK_BYTES
+    saving.BLOCK_BYTES = 10_000  # so that matrices take several
+    for name, (config, to, dtype, size) in SAVED.items():
+        source = PresetCheckpoint("test", config)
+        one, many = shard(load(config, dtype), mesh), load_sharded(source, mesh, dtype)
+        assert many.training is False and many.mesh is mesh
+        left, right = ([*m.named_parameters(), *m.named_buffers()] for m in (one, many))
+        wrong += sum(not alike(a, b) for a, b in zip(left, right, strict=True))
+        if name == "even":
+            with torch.no_grad():  # an evaluation, which leaves something gathered
+                many.head(many.hidden(*shard_batch(inputs(config), mesh))[0])
+        save_sharded(many, folder / name, to=to, source=source, shard_size=size)
+    saving.BLOCK_BYTES = block
+    return {"loaded": float(wrong)}
+
+
+def alike(left, right):
+    """Whether two named tensors are the same one: on the mesh, and here to the last bit."""
+    (name, a), (same, b) = left, right
+    where = [(type(x), x.dtype, x.requires_grad, getattr(x, "placements", None)) for x in (a, b)]
+    return name == same and where[0] == where[1] and torch.equal(*(own(x.detach()) for x in (a, b)))
+
+
+def own(x):
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def memory(folder):
+    """Bytes that loading took at the most, of this process's weights, and of both and saving; the worst."""
+    mesh = make_mesh(fsdp=2, device="cpu")
+    dist.barrier()
+    before = most()
+    model = load_sharded(folder / "big", mesh)
+    after = most()
+    held = sum(own(p).nbytes for p in model.parameters())
+    save_sharded(model, folder / "big again")
+    worst = torch.tensor([after - before, held, most() - before])
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return dict(zip(("peak", "held", "saving"), worst.tolist(), strict=True))
 
 
 def generated(mesh):
@@ -287,8 +348,8 @@ def mistakes(mesh):
     return found
 
 
-def refused(mesh):
-    """What UsageErrors say, by what was asked for."""
+def refused(mesh, folder):
+    """What errors say, by what was asked for."""
     quantized = twinformers.load(PresetCheckpoint("test", EVEN), "torch", "float32", quantize="int8")
     sharded = shard(load(EVEN, "float32"), mesh)
     asked = {
@@ -308,10 +369,17 @@ def refused(mesh):
             said[name] = "nothing"
         except UsageError as error:
             said[name] = str(error)
+    last = dist.get_rank() == dist.get_world_size() - 1
+    said["alone"] = refused_saving(save_sharded, load(EVEN), folder / "alone")
+    said["exists"] = refused_saving(save_sharded, sharded, folder / "even")
+    said["full"] = refused_saving(save_sharded, sharded, folder / "full", full=last)
+    answers = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, said)
+    assert answers == [said] * len(answers), answers
     return said
 
 
-def measured(mesh, more):
+def measured(mesh, more, folder):
     """Every figure of one mesh, as the worst of its processes has it."""
     results = compared(EVEN, mesh)
     results["share"] = share(shard(load(EVEN), mesh))
@@ -322,7 +390,7 @@ def measured(mesh, more):
     )
     results |= {f"odd {k}": v for k, v in compared(ODD, mesh).items()}
     results["odd update"] = updates(ODD, mesh, chunk=5)["update"]
-    results |= translated(mesh) | reductions(mesh) | gathered(mesh)
+    results |= translated(mesh) | reductions(mesh) | gathered(mesh) | stored(mesh, folder)
     rows = shard_batch(torch.arange(ROWS), mesh)
     block = dist.get_rank() // mesh[TENSOR].size()  # the last axis runs fastest
     results["order"] = float(rows.tolist() != list(range(ROWS))[block * len(rows) :][: len(rows)])
@@ -332,18 +400,20 @@ def measured(mesh, more):
         results |= generated(mesh) | mixed(mesh) | dropped(mesh) | mistakes(mesh)
     worst = torch.tensor(list(results.values()), dtype=torch.float64)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    return dict(zip(results, worst.tolist(), strict=True)) | {"refused": refused(mesh) if more else {}}
+    said = refused(mesh, folder) if more else {}
+    return dict(zip(results, worst.tolist(), strict=True)) | {"refused": said}
 
 
-def main(meshes):
+def main(meshes, folder):
+    spent = memory(folder) if (folder / "big").exists() else {}  # first: memory at the most only grows
     told = []
     for sizes, more in meshes:
         mesh = make_mesh(**dict(zip(AXES, sizes, strict=True)), device="cpu")
-        told.append(measured(mesh, more))
+        told.append(measured(mesh, more, folder / "x".join(map(str, sizes))) | spent)
     if dist.get_rank() == 0:
-        Path(os.environ["RESULTS"]).write_text(json.dumps(told))
+        (folder / "results.json").write_text(json.dumps(told))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(json.loads(sys.argv[1]), Path(sys.argv[2]))

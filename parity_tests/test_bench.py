@@ -98,6 +98,21 @@ def test_bytes_match_the_modules(folder):
     assert found == ("bandwidth", weights + 4 * 48 + per_token)
 
 
+def test_bytes_of_rounded_weights_match_the_modules(folder):
+    from torch_models.quantized import QuantizedLinear
+    from twinformers.benchmarks.torch_side import TorchSide
+
+    model = TorchSide(folder, "float32", None, "fused", "int8").read("float32", True)
+    read = sum(p.nbytes for name, p in model.named_parameters() if name.endswith("norm.weight"))
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            read += module.weight.nbytes + module.scale.nbytes
+    cache = model.empty_cache(1, 10)
+    per_token = (cache.k[:, :, :, 0].nbytes + cache.v[:, :, :, 0].nbytes) * 10
+    found = cost(TINY, Case(task="decode", tokens=9, new_tokens=2), "float32", "int8")
+    assert found == ("bandwidth", read + 4 * 48 + per_token)
+
+
 # Cases
 
 
@@ -147,6 +162,8 @@ def test_a_sweep_ends_where_the_model_does():
         (lambda: bench(SOURCE, []), "nothing to measure"),
         (lambda: bench(SOURCE, [PREFILL], frameworks=["caffe"]), "unknown framework"),
         (lambda: bench(SOURCE, [PREFILL], dtype="keep"), "unknown dtype"),
+        (lambda: bench(SOURCE, [PREFILL], quantize="int3"), "unknown quantize"),
+        (lambda: bench(SOURCE, [PREFILL, TRAIN], quantize="int8"), "rounded weights do not train"),
         (lambda: bench(SOURCE, [PREFILL], repeats=0), "repeats: bad value"),
         (lambda: bench(SOURCE, [PREFILL], limit=math.nan), "limit: bad value"),
         (lambda: bench(SOURCE, [replace(PREFILL, tokens=1024)]), "more positions"),
@@ -532,10 +549,12 @@ class Fake:
     peak = 0.0
 
     def __init__(self, framework, *options):
-        self.framework, self.about = framework, {"platform": "cpu", "device": "cpu", "threads": 1}
+        self.framework, self.options = framework, options
+        self.about = {"platform": "cpu", "device": "cpu", "threads": 1}
 
     def start(self, limit):
         self.asked.append((self.framework, "start"))
+        self.about["device"] = f"cpu {self.options[-1]}"
 
     def ask(self, method, limit=None, *, case=None, variant=""):
         if method == "peaks" and self.framework == "torch":
@@ -576,6 +595,16 @@ def test_the_run_prepares_then_measures_in_turn_then_lets_go(monkeypatch):
     assert found.facts["limits in torch"] == "not measured: torch: no memory"
 
 
+def test_rounded_weights_are_told_of_and_measured_by_their_own_bytes(monkeypatch):
+    monkeypatch.setattr(running, "Worker", Fake)
+    monkeypatch.setattr(Fake, "asked", [], raising=False)
+    found = bench(SOURCE, [DECODE], frameworks=["jax", "transformers"], repeats=1, quantize="int8")
+    rows = {r.framework: r for r in found.rows}
+    assert found.facts["weights of the twins"] == found.facts["jax ran on"][4:8] == "int8"
+    least = [cost(TINY, DECODE, "float32", quantize)[1] / 2 / 100 for quantize in ("int8", None)]
+    assert [rows["jax"].fraction, rows["transformers"].fraction] == least and least[0] < 0.4 * least[1]
+
+
 def test_command(capsys):
     arguments = [
         "bench",
@@ -603,10 +632,14 @@ def test_command_shows_a_table(result, capsys, monkeypatch, tmp_path):
     assert run(["bench", SOURCE, "--sweep", "batch", "--report", str(report), "--plots", str(tmp_path)]) == 0
     out, _ = capsys.readouterr()
     assert [c.batch for c in asked[0][0][1] if c.task == "train"] == [1, 2, 4] and len(asked[0][0][1]) == 9
+    assert asked[0][1]["quantize"] is None
     for r in result.rows:
         assert r.case.label in out
     assert out.count("transformers sdpa") == 3 and "written:" in out and "GB/s in numpy" in out
     assert "![speed](speed.png)" in report.read_text()
+    assert run(["bench", SOURCE, "--quantize", "int8"]) == 0
+    assert asked[1][1]["quantize"] == "int8"
+    assert {c.task for c in asked[1][0][1]} == {"decode", "prefill", "load", "start"}
 
 
 # Pages and pictures

@@ -37,7 +37,6 @@ from twinformers.parity.results import CheckResult
 SOURCE = "preset:llama-tiny"
 ROOT = Path(__file__).parent.parent
 CPU = {"jax": None, "torch": torch.device("cpu")}
-pytestmark = pytest.mark.xdist_group("compare")
 
 
 def speeds():

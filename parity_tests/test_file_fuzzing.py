@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import file_fuzzing
 import pytest
@@ -14,11 +16,18 @@ CASES = 50_000
 CHUNKS = -(-CASES // CHUNK // len(TARGETS)) * len(TARGETS)  # as many for each
 
 
+@pytest.fixture(scope="module")
+def apart():
+    """A process without the threads and the memory of what was tested before."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_damaged_files_are_read_or_refused(chunk):
+def test_damaged_files_are_read_or_refused(chunk, apart):
     target = list(TARGETS)[chunk % len(TARGETS)]
-    ends, _ = file_fuzzing.run(target, chunk // len(TARGETS) * CHUNK, CHUNK)
+    ends, _ = apart.submit(file_fuzzing.run, target, chunk // len(TARGETS) * CHUNK, CHUNK).result()
     assert ends.total() == CHUNK and len(ends) > 1
 
 

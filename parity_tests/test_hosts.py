@@ -11,12 +11,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from test_sharding import EVEN, LIMIT
 
 import twinformers
-from twinformers.checkpoints import opened, port
+from twinformers.checkpoints import manifest, opened, port
+from twinformers.checkpoints.base import ASSETS
+from twinformers.checkpoints.folders import INDEX
 from twinformers.checkpoints.preset import PresetCheckpoint
 from twinformers.configs import preset
+
+#: Large enough for its share to be seen in a process's memory.
+BIG = preset("llama-tiny").replace(
+    vocab_size=8192,
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=64,
+    num_hidden_layers=6,
+)
 
 
 def both(folder, what, x64=True):
@@ -51,32 +65,58 @@ def both(folder, what, x64=True):
     return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
 
 
+def bits(folder):
+    """Every tensor of a folder by its name, by the library that made the format: dtype, shape and bytes."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        for name, x in load_file(file).items():
+            assert name not in found
+            found[name] = (x.dtype, x.shape, x.tobytes())
+    return found
+
+
+def same_folder(left, right, assets=True):
+    """The same tensors to the last bit, and the same files beside them."""
+    assert bits(left) == bits(right)
+    for file in {p.name for f in (left, right) for p in f.glob("*.json")} - {
+        INDEX,
+        *(() if assets else ASSETS),
+    }:
+        assert (left / file).read_bytes() == (right / file).read_bytes(), file
+
+
 @pytest.mark.parametrize("to", ["hf", "torch", "jax"])
 def test_two_processes_match_one_device(to, tmp_path):
     port(PresetCheckpoint("test", preset("llama-tiny").replace(**EVEN)), tmp_path / "model", to=to)
-    for found in both(tmp_path / "model", "compare"):
+    first, second = both(tmp_path / "model", "compare")
+    for found in (first, second):
         assert found["logits"] <= LIMIT and found["update"] <= 1e-10
+        assert "UsageError: embed.embedding: the processes do not hold one model" in found["alone"]
+        assert "DestinationError" in found["exists"] and "the destination exists" in found["exists"]
+        assert "DestinationError" in found["full"] and "No space left on device" in found["full"]
+        assert "UsageError: to: unknown format" in found["bad"]
+    assert first["sums"] == second["sums"] == manifest.check(tmp_path / "saved")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "saved", "scanned"]  # nothing is left
+    port(tmp_path / "model", tmp_path / "wide", to="hf", dtype="float64")
+    port(tmp_path / "model", tmp_path / "torch", to="torch")
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 3
+    same_folder(tmp_path / "saved", tmp_path / "wide")
+    same_folder(tmp_path / "scanned", tmp_path / "torch", assets=False)
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_loading_takes_the_memory_of_a_share(sizes, tmp_path):
     """Rows, columns and both: what a process has in memory at the most is what it keeps, and a piece."""
-    config = preset("llama-tiny").replace(
-        vocab_size=8192,
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=64,
-        num_hidden_layers=6,
-    )
-    port(PresetCheckpoint("test", config), tmp_path / "model", to="hf")
+    port(PresetCheckpoint("test", BIG), tmp_path / "model", to="hf")
     copies = sizes.get("data", 1)
     for found in both(tmp_path / "model", sizes, x64=False):
         # On this mesh the rows of "data" are the processes: each of them has all of the weights.
         assert found["held"] == pytest.approx(found["all"] / (1 if copies > 1 else 2), rel=0.01)
         assert found["all"] > 350e6, "too small to be seen"
+        print(sizes, found)
         assert found["peak"] <= found["held"] + 60e6
+        assert found["saving"] <= found["held"] + 170e6  # a tensor, the buffers of a file, what JAX compiles
+    same_folder(tmp_path / "saved", tmp_path / "model", assets=False)
 
 
 def test_a_part_of_a_tensor_is_the_part_of_the_whole(tmp_path):

@@ -59,6 +59,18 @@ EXCEPTIONS = (
         "compiled, split once",
     ),
     Only("torch", "generate", r"Generator\.(__init__: self\._model|_step.*)", "the step is a method"),
+    Only(
+        "jax",
+        "lookup",
+        r"from models.generate import STEPS|guess: argument end|LookupGenerator\.__init__: self\._ahead",
+        "guesses inside the compiled loop, in a history of fixed length",
+    ),
+    Only(
+        "torch",
+        "lookup",
+        r"from models.generate import grow|LookupGenerator\._ahead.*",
+        "the step is a method, the host guesses",
+    ),
     Only("jax", "layers", "SHARED", "activations are placed from inside in JAX, from outside in torch"),
     Only("torch", "layers", r"FEW_ROWS|linear\b.*", "XLA orders a product itself, torch is told"),
     Only("torch", "*", r"from models.layers import linear", "the same"),

@@ -9,7 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from sharded_torch_run import SAVED
+from test_hosts import BIG, same_folder
 
+from twinformers.checkpoints import manifest, port
+from twinformers.checkpoints.preset import PresetCheckpoint
 from twinformers.errors import UsageError
 
 #: Data, fsdp, tensor; by the number of processes, since starting them takes the most time.
@@ -21,6 +25,7 @@ LIMITS = {
     **dict.fromkeys(("forward", "cache", "odd forward", "odd cache", "translate", "translate cached"), 1e-12),
     "order": 0,
     "whole blocks": 1,
+    "loaded": 0,
     **dict.fromkeys(("update", "pieces", "odd update", "translate gradients"), 1e-10),
 }
 #: Sums in another order: float32 in a few units of its last place, bfloat16 within half of one for a loss.
@@ -36,28 +41,45 @@ REFUSED = {
     "compiled": "compiled: the step cannot do this on a mesh",
     "dtype": "give compute_dtype to `shard`",
     "compute_dtype": "compute_dtype: unknown value",
+    "alone": "UsageError: Llama: the model is on no mesh",
+    "exists": "the destination exists",
+    "full": "No space left on device",
 }
 
 
 def run(count, folder):
     """What the worst of so many processes found on each of their meshes, launched as documented."""
-    script, results = Path(__file__).with_name("sharded_torch_run.py"), folder / "results.json"
+    script = Path(__file__).with_name("sharded_torch_run.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     done = subprocess.run(
-        [*launch, str(script), json.dumps([(sizes, sizes == MORE) for sizes in MESHES[count]])],
+        [*launch, str(script), json.dumps([(sizes, sizes == MORE) for sizes in MESHES[count]]), str(folder)],
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "RESULTS": str(results)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )
     assert done.returncode == 0, done.stderr[-6000:]
-    return dict(zip(MESHES[count], json.loads(results.read_text()), strict=True))
+    return dict(zip(MESHES[count], json.loads((folder / "results.json").read_text()), strict=True))
 
 
 @pytest.mark.parametrize("count", MESHES)
 def test_on_a_mesh_matches_on_its_own(count, tmp_path):
-    for sizes, found in run(count, tmp_path).items():
+    if count == 2:
+        port(PresetCheckpoint("test", BIG), tmp_path / "big", to="hf")
+    results = run(count, tmp_path)
+    for name, (config, to, dtype, _) in SAVED.items():
+        port(PresetCheckpoint("test", config), tmp_path / name, to=to, dtype=dtype)
+    for sizes, found in results.items():
         print(sizes, found)
+        folder = tmp_path / "x".join(map(str, sizes))
+        assert sorted(p.name for p in folder.iterdir()) == sorted(SAVED)  # nothing is left of what failed
+        for name in SAVED:
+            manifest.check(folder / name)
+            same_folder(folder / name, tmp_path / name)
+        if count == 2:
+            assert 190e6 < found["held"] < 230e6 and found["peak"] <= found["held"] + 60e6
+            assert found["saving"] <= found["held"] + 140e6  # a tensor, and the buffers of a file
+            same_folder(tmp_path / "big again", tmp_path / "big", assets=False)
         limits = LIMITS | (NARROW | ALSO if sizes == MORE else {})
         assert {name: found[name] for name, most in limits.items() if not found[name] <= most} == {}, sizes
         # What "tensor" does not cut are the norms' scales, which are next to nothing.

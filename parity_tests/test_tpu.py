@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from twinformers.cli.app import run
 from twinformers.cli.tpu import parse_mesh
 from twinformers.configs import preset
 from twinformers.errors import MissingDependency, UsageError
+from twinformers.tpu import environment
 from twinformers.tpu.generations import GENERATIONS, find_slice
 from twinformers.tpu.hlo import read
 from twinformers.tpu.planning import plan
@@ -184,3 +186,18 @@ def test_the_command_line(capsys):
     assert run([*large, "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert not answer["fits"] and "GiB" in answer["reason"]
+
+
+@pytest.mark.parametrize("chip", [None, "accel0", "vfio/0", "vfio/vfio"])
+def test_libtpu_is_told_only_where_no_chip_is(chip, tmp_path, monkeypatch):
+    for name in environment.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "mine")
+    if chip:
+        (tmp_path / chip).parent.mkdir(exist_ok=True)
+        (tmp_path / chip).touch()
+    environment.spare_the_search(tmp_path)
+    # /dev/vfio/vfio is there on any machine that can hand devices on.
+    told = {"TPU_SKIP_MDS_QUERY": "1"} if chip in (None, "vfio/vfio") else {}
+    assert {n: os.environ[n] for n in ("TPU_SKIP_MDS_QUERY",) if n in os.environ} == told
+    assert os.environ["TPU_WORKER_HOSTNAMES"] == "mine"

@@ -237,6 +237,28 @@ def test_both_frameworks_learn_alike(tmp_path, quick):
         assert np.abs(left - right).max() <= 1e-8 * np.abs(right).max(), name
 
 
+@pytest.mark.parametrize("framework", SIDES)
+def test_products_in_bfloat16_differ_by_their_rounding(tmp_path, quick, framework):
+    """Against float64: float32 by its own rounding, bfloat16 by more, and by less than one of its steps."""
+    options = {**quick, "framework": framework, "steps": 4}
+    kinds = {"exact": {"dtype": "float64"}, "float32": {}, "bfloat16": {"compute_dtype": "bfloat16"}}
+    for name, more in kinds.items():
+        train_text(tmp_path / name, **options, **more)
+    truth = [r["loss"] for r in exact(tmp_path / "exact")]
+    far = {
+        name: [abs(r["loss"] / x - 1) for r, x in zip(exact(tmp_path / name), truth, strict=True)]
+        for name in kinds
+    }
+    assert max(far["float32"]) < 2**-20, far
+    assert 2**-18 < max(far["bfloat16"]) < 2**-7 and min(far["bfloat16"]) > 0, far
+    # The weights themselves are not rounded: what an update adds is not lost.
+    for name, x in arrays(tmp_path / "bfloat16").items():
+        assert x.dtype == np.float32
+        if x.ndim == 2:
+            lost = np.ascontiguousarray(x).view(np.uint32) & 0xFFFF
+            assert (lost != 0).mean() > 0.9, name
+
+
 # Resuming
 
 
@@ -245,7 +267,8 @@ def test_both_frameworks_learn_alike(tmp_path, quick):
     [
         ("jax", {}),
         ("torch", {}),
-        ("jax", {"remat": "dots", "accumulate": 2}),
+        ("jax", {"remat": "dots", "accumulate": 2, "dtype": "float64"}),
+        ("jax", {"compute_dtype": "bfloat16"}),
         ("torch", {"compute_dtype": "bfloat16", "remat": "full", "accumulate": 2}),
     ],
 )

@@ -96,18 +96,12 @@ class Generator:
         for _ in range(2):
             next(steps, None)
 
-    def stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        stop_tokens: Sequence[int] = (),
-        sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
-    ) -> Iterator[list[int | None]]:
-        """Yield one token per row and step, None for rows that have finished.
+    def begin(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
+    ) -> tuple[torch.Tensor, KVCache, torch.Tensor | None, np.ndarray]:
+        """Read the prompts: the first new token [B], the cache, the tokens seen [B, V], and lengths [B].
 
-        A stop token is yielded, then its row is finished. Prompts may differ in length. Raises UsageError
-        for an empty prompt, a token outside the vocabulary, or more positions than the model was made for.
+        The cache has room for the prompts alone; tokens seen are kept where a penalty needs them.
         """
         check_prompts(prompts, max_new_tokens, self.config.vocab_size, self.config.max_position_embeddings)
         device = next(self._model.parameters()).device
@@ -124,18 +118,35 @@ class Generator:
         if sampling.repetition_penalty != 1:
             size = len(prompts), self.config.vocab_size
             seen = torch.zeros(size, dtype=torch.bool, device=device)  # [B, V]
-        seed, first = key(sampling.seed, device), torch.zeros(len(prompts), dtype=torch.int64, device=device)
-        ends = torch.from_numpy(lengths).to(device)
         chosen, cache, seen = self._step(
             torch.from_numpy(tokens).to(device),
             torch.from_numpy(positions).to(device),
-            ends.long() - 1,
+            torch.from_numpy(lengths).to(device).long() - 1,
             cache,
             seen,
-            seed,
+            key(sampling.seed, device),
             0,
             sampling,
         )
+        return chosen, cache, seen, lengths
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop_tokens: Sequence[int] = (),
+        sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
+    ) -> Iterator[list[int | None]]:
+        """Yield one token per row and step, None for rows that have finished.
+
+        A stop token is yielded, then its row is finished. Prompts may differ in length. Raises UsageError
+        for an empty prompt, a token outside the vocabulary, or more positions than the model was made for.
+        """
+        chosen, cache, seen, lengths = self.begin(prompts, max_new_tokens, sampling)
+        seed = key(sampling.seed, chosen.device)
+        ends = torch.from_numpy(lengths).to(chosen.device)
+        first = torch.zeros_like(ends, dtype=torch.int64)
         running = np.ones(len(prompts), bool)
         for count in range(1, max_new_tokens + 1):
             out = chosen.tolist()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from twinformers.checkpoints import opened
 from twinformers.configs import Sampling
+from twinformers.configs._sampling import check_guesses
 from twinformers.errors import UsageError
 from twinformers.loading import FRAMEWORKS, Source, load, load_tokenizer
 
@@ -60,6 +61,12 @@ def keep_compilations() -> None:
         jax.config.update("jax_compilation_cache_dir", str(home / "twinformers" / "jax"))
 
 
+def _engine(framework: str, model: Any, lookup: int) -> Any:
+    if lookup:
+        return importlib.import_module(f"{framework}_models.lookup").LookupGenerator(model, lookup)
+    return importlib.import_module(f"{framework}_models.generate").Generator(model)
+
+
 def generate(
     source: Source,
     prompt: str,
@@ -72,18 +79,22 @@ def generate(
     device: Any = None,
     attention: str = "fused",
     quantize: str | None = None,
+    lookup: int = 0,
     on_text: Callable[[str, str], None] | None = None,
 ) -> list[GenerateResult]:
     """Continue a prompt with "jax", "torch" or "both", one after the other; one result per framework.
 
-    `attention` and `quantize` are as in `load`. `on_text(framework, piece)` receives the text as it appears.
-    Raises UsageError for bad options and the errors of loading the source.
+    `attention` and `quantize` are as in `load`. `lookup` tokens at a time are guessed from what stands in the
+    text already (`lookup.py`), which changes the speed and not the tokens. `on_text(framework, piece)`
+    receives the text as it appears. Raises UsageError for bad options and the errors of loading the source.
     """
     frameworks: Sequence[str] = FRAMEWORKS if framework == "both" else (framework,)
     if not set(frameworks) <= set(FRAMEWORKS):
         raise UsageError(
             "unknown framework", where="framework", expected="jax, torch or both", found=repr(framework)
         )
+    if lookup:
+        check_guesses(lookup)
     with opened(source) as checkpoint:
         tokenizer = load_tokenizer(checkpoint)
         prompt_ids = encode_prompt(tokenizer, prompt, chat)
@@ -93,7 +104,7 @@ def generate(
             # In PyTorch, what one row gains by the layout is less than it costs in memory.
             choice: dict[str, Any] = {"attention": attention, "quantize": quantize, "decoding": name == "jax"}
             model = load(checkpoint, name, dtype, device, **choice)
-            engine = importlib.import_module(f"{name}_models.generate").Generator(model)
+            engine = _engine(name, model, lookup)
             started = time.perf_counter()
             engine.warm_up([prompt_ids], **options)
             tokens: list[int] = []

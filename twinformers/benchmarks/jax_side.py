@@ -19,11 +19,11 @@ from twinformers.benchmarks.side import EDGES, LONG, Twin
 class JaxSide(Twin):
     framework = "jax"
 
-    def __init__(self, source: str, dtype: str, device: str | None, attention: str = "fused"):
+    def __init__(self, source: str, dtype: str, *options: Any):
         jax.config.update("jax_enable_x64", dtype == "float64")
         # What PyTorch does without being asked; a GPU would otherwise round float32 to TF32.
         jax.config.update("jax_default_matmul_precision", "highest")
-        super().__init__(source, dtype, device, attention)
+        super().__init__(source, dtype, *options)
         jax.config.update("jax_default_device", self.device)
 
     def default_device(self) -> Any:

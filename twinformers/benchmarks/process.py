@@ -48,10 +48,11 @@ class Worker:
         device: str | None = None,
         environment: Mapping[str, str] | None = None,
         attention: str = "fused",
+        quantize: str | None = None,
     ):
         self.framework = framework
         self.about: dict[str, Any] = {}
-        self._arguments = [framework, source, dtype, device, attention]
+        self._arguments = [framework, source, dtype, device, attention, quantize]
         self._environment = dict(environment or {})
         self._child: subprocess.Popen[bytes] | None = None
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from twinformers.benchmarks.cases import FRAMEWORKS, Case, fits, known, positive
-from twinformers.benchmarks.cost import BYTES, cost
+from twinformers.benchmarks.cost import BYTES, QUANTIZED, cost
 from twinformers.benchmarks.process import Worker, first_token
 from twinformers.benchmarks.results import BenchResult, Peaks, Row, compared, limited, row
 from twinformers.checkpoints import Checkpoint, opened, port
@@ -45,6 +45,7 @@ def bench(
     frameworks: Sequence[str] | None = None,
     dtype: str = "float32",
     attention: str = "fused",
+    quantize: str | None = None,
     repeats: int = 5,
     jax_device: str | None = None,
     torch_device: str | None = None,
@@ -54,17 +55,23 @@ def bench(
     """Measure the cases with "jax", "torch" and "transformers" (default: those that are installed).
 
     Each framework runs in a process of its own and reads the same Hugging Face folder, into which the source
-    is ported first. `attention` is that of the twins, as in `load`. An implementation that is not ready for a
-    case after `limit` seconds has no figures for it, and its row says so. Raises UsageError for bad options
-    and for what is no causal language model, MissingDependency for a framework that was asked for and is not
-    installed, and the errors of the source.
+    is ported first. `attention` and `quantize` are those of the twins, as in `load`: transformers' weights
+    stay as they are, and what is rounded is not trained. An implementation that is not ready for a case after
+    `limit` seconds has no figures for it, and its row says so. Raises UsageError for bad options and for what
+    is no causal language model, MissingDependency for a framework that was asked for and is not installed,
+    and the errors of the source.
     """
     known("dtype", [dtype], tuple(BYTES))
+    known("quantize", [quantize] if quantize else [], QUANTIZED)
     positive("repeats", repeats)
     positive("limit", limit)
     chosen = _installed(frameworks)
     if not cases:
         raise UsageError("there is nothing to measure", where="task", expected="at least one case")
+    if quantize and any(case.task == "train" for case in cases):
+        raise UsageError(
+            "rounded weights do not train", where="quantize", expected="other tasks", found="train"
+        )
     # A compiler that was ended may still be writing.
     temporary = tempfile.TemporaryDirectory(prefix="twinformers-bench-", ignore_cleanup_errors=True)
     with temporary as room, opened(source) as checkpoint:
@@ -78,7 +85,9 @@ def bench(
             )
         fits(cases, config)
         devices = {"jax": jax_device, "torch": torch_device, "transformers": torch_device}
-        bench_ = _Bench(Path(room), chosen, dtype, attention, devices, repeats, limit, on_progress)
+        bench_ = _Bench(
+            Path(room), chosen, dtype, (attention, quantize), devices, repeats, limit, on_progress
+        )
         rows: list[Row] = []
         for layers, group in itertools.groupby(cases, key=lambda case: case.layers):
             with bench_.crew(checkpoint, layers):
@@ -90,7 +99,11 @@ def bench(
             weight_map(config).parameters,
             dtype,
             repeats,
-            {**facts(bench_.about), "attention of the twins": attention},
+            {
+                **facts(bench_.about),
+                "attention of the twins": attention,
+                "weights of the twins": quantize or dtype,
+            },
             bench_.peaks,
             bench_.limited(config, rows),
         )
@@ -125,14 +138,14 @@ class _Bench:
         room: Path,
         frameworks: Sequence[str],
         dtype: str,
-        attention: str,
+        choice: tuple[str, str | None],
         devices: Mapping[str, str | None],
         repeats: int,
         limit: float,
         on_progress: Progress,
     ):
         self._room, self._frameworks, self._dtype, self._devices = room, frameworks, dtype, devices
-        self._attention, self._repeats, self._limit, self._say = attention, repeats, limit, on_progress
+        self._choice, self._repeats, self._limit, self._say = choice, repeats, limit, on_progress
         self._fresh = itertools.count()
         self._gone: dict[tuple[str, Way], str] = {}
         self.about: dict[str, dict[str, Any]] = {}
@@ -174,10 +187,12 @@ class _Bench:
 
     def limited(self, config: Any, rows: Sequence[Row]) -> list[Row]:
         """The rows with their part of the limits, once all of these are measured."""
-        return [
-            limited(r, cost(config, r.case, self._dtype), self.peaks, self.about[r.framework]["platform"])
-            for r in rows
-        ]
+        found = []
+        for r in rows:
+            quantize = None if r.framework == "transformers" else self._choice[1]
+            least = cost(config, r.case, self._dtype, quantize)
+            found.append(limited(r, least, self.peaks, self.about[r.framework]["platform"]))
+        return found
 
     def _prepared(
         self, case: Case, ways: Sequence[Way], errors: dict[Way, str], firsts: dict[Way, float]
@@ -243,7 +258,7 @@ class _Bench:
     def _worker(self, name: str, environment: Mapping[str, str]) -> Worker:
         # What they leave, should they be ended, goes with the room.
         environment = {**environment, "TMPDIR": str(self._room)}
-        return Worker(name, self._folder, self._dtype, self._devices[name], environment, self._attention)
+        return Worker(name, self._folder, self._dtype, self._devices[name], environment, *self._choice)
 
     def _caches(self) -> dict[str, str]:
         """New, empty folders for what the frameworks compile."""

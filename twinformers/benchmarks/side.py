@@ -31,8 +31,15 @@ class Side(ABC):
 
     framework: str
 
-    def __init__(self, source: str, dtype: str, device: str | None, attention: str = "fused"):
-        self.source, self.dtype, self.attention = source, dtype, attention
+    def __init__(
+        self,
+        source: str,
+        dtype: str,
+        device: str | None,
+        attention: str = "fused",
+        quantize: str | None = None,
+    ):
+        self.source, self.dtype, self.attention, self.quantize = source, dtype, attention, quantize
         self.device = find_device(self.framework_of_device, device) or self.default_device()
         with opened(source) as checkpoint:
             self.config: Any = checkpoint.config
@@ -167,7 +174,7 @@ class Twin(Side):
         super().release()
 
     def read(self, dtype: str, decoding: bool) -> Any:
-        options = {"attention": self.attention, "decoding": decoding}
+        options = {"attention": self.attention, "decoding": decoding, "quantize": self.quantize}
         return load(self.source, self.framework, dtype, self.device, **options)  # type: ignore[arg-type]
 
     def stepper(self, case: Case, **options: Any) -> Callable[[], float]:

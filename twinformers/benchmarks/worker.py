@@ -23,9 +23,9 @@ SIDES = {"jax": "JaxSide", "torch": "TorchSide", "transformers": "TransformersSi
 class Answers:
     """The requests, each a method."""
 
-    def __init__(self, framework: str, source: str, dtype: str, device: str | None, attention: str = "fused"):
+    def __init__(self, framework: str, *arguments: Any):
         module = importlib.import_module(f"twinformers.benchmarks.{framework}_side")
-        self._side = getattr(module, SIDES[framework])(source, dtype, device, attention)
+        self._side = getattr(module, SIDES[framework])(*arguments)
         self._side.load()
         self._prepared: set[tuple[Case, str]] = set()
 

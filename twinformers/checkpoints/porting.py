@@ -212,7 +212,7 @@ class Target:
 
 
 def _safetensors(job: Job) -> None:
-    _write_company(job)  # before the weights: it is quick, and may be refused
+    write_company(job)  # before the weights: it is quick, and may be refused
     # transformers looks for this very entry before it trusts a file to hold PyTorch's layout.
     sums = write_shards(job.path, job.entries, job.shard_size, {"format": "pt"}, job.ledger, job.told)
     manifest.write(job.path, sums)
@@ -221,7 +221,7 @@ def _safetensors(job: Job) -> None:
 def _orbax(job: Job) -> None:
     from twinformers.checkpoints.orbax import write_orbax
 
-    _write_company(job)
+    write_company(job)
     manifest.write(job.path, write_orbax(job.path, job.entries, job.ledger, job.told))
 
 
@@ -254,7 +254,7 @@ TARGETS: Mapping[str, Target] = {
 }
 
 
-def _write_company(job: Job) -> None:
+def write_company(job: Job) -> None:
     """config.json, tokenizer and generation settings; the marker for the twins' own folders."""
     folder, checkpoint = job.path, job.checkpoint
     assets = checkpoint.assets

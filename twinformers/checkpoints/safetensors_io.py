@@ -350,6 +350,23 @@ def write_shards(
 
     The SHA-256 of each file of tensors is given by its name.
     """
+    shards = in_files(entries, shard_size)
+    named = dict(zip(file_names(len(shards)), shards, strict=True))
+    write_index(folder, named)
+    sums = {}
+    with ThreadPoolExecutor(1) as beside:
+        reached = []
+        for name, shard in named.items():
+            sums[name] = write_safetensors(folder / name, shard, metadata, ledger, on_tensor)
+            # It goes to the disk while the next one is written.
+            reached.append(beside.submit(sync, folder / name))
+        for done in reached:
+            done.result()
+    return sums
+
+
+def in_files(entries: Sequence[Entry], shard_size: int) -> list[list[Entry]]:
+    """The entries of each file: at most `shard_size` bytes, or a single tensor that is larger."""
     shards: list[list[Entry]] = [[]]
     filled = 0
     for e in entries:
@@ -358,22 +375,22 @@ def write_shards(
             filled = 0
         shards[-1].append(e)
         filled += e.bytes
-    names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    else:
-        index = {
-            "metadata": {"total_size": sum(e.bytes for e in entries)},
-            "weight_map": {e.name: name for name, shard in zip(names, shards, strict=True) for e in shard},
-        }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    sums = {}
-    with ThreadPoolExecutor(1) as beside:
-        reached = []
-        for name, shard in zip(names, shards, strict=True):
-            sums[name] = write_safetensors(folder / name, shard, metadata, ledger, on_tensor)
-            # It goes to the disk while the next one is written.
-            reached.append(beside.submit(sync, folder / name))
-        for done in reached:
-            done.result()
-    return sums
+    return shards
+
+
+def file_names(count: int) -> list[str]:
+    """What that many files of one model are called."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+
+
+def write_index(folder: Path, named: Mapping[str, Sequence[Entry]]) -> None:
+    """Say which of several files holds which tensor; a single one needs no index."""
+    if len(named) == 1:
+        return
+    index = {
+        "metadata": {"total_size": sum(e.bytes for shard in named.values() for e in shard)},
+        "weight_map": {e.name: name for name, shard in named.items() for e in shard},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -97,6 +97,9 @@ def generate(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
     attention: Attention = "fused",
     quantize: Annotated[Text, typer.Option(help="int8: weights of one byte, for faster decoding.")] = None,
+    lookup: Annotated[
+        int, typer.Option(help="Guess so many tokens from the text so far; the same tokens, sooner.")
+    ] = 0,
     json: Json = False,
 ) -> None:
     """Continue a prompt, streaming the text."""
@@ -118,6 +121,7 @@ def generate(
         dtype=dtype,
         attention=attention,
         quantize=quantize,
+        lookup=lookup,
         json=json,
     )
 
@@ -207,6 +211,7 @@ def bench(
         typer.Option(help="jax, torch, transformers; repeatable, default those installed."),
     ] = None,
     attention: Attention = "fused",
+    quantize: Annotated[Text, typer.Option(help="int8: the twins' weights, rounded for decoding.")] = None,
     repeats: Annotated[int, typer.Option(help="Measure so many times and take the median.")] = 5,
     limit: Annotated[float, typer.Option(help="Give up what is not ready after so many seconds.")] = 300,
     jax_device: Annotated[Text, typer.Option(help="cpu, gpu or tpu.")] = None,
@@ -223,6 +228,7 @@ def bench(
         "frameworks": framework or None,
         "dtype": dtype,
         "attention": attention,
+        "quantize": quantize,
         "repeats": repeats,
         "limit": limit,
         "jax_device": jax_device,

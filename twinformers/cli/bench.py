@@ -25,7 +25,9 @@ def run(
     plots: Path | None,
     json: bool,
 ) -> None:
-    chosen = cases(tasks or (SWEPT if sweep else TASKS), **sizes)
+    every = SWEPT if sweep else TASKS
+    # What is rounded is not trained: by default it is not tried either.
+    chosen = cases(tasks or [t for t in every if t != "train" or not options["quantize"]], **sizes)
     if report_file:
         check_report(report_file)  # before minutes of work, not after
     if plots:

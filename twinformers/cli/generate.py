@@ -22,6 +22,7 @@ def run(
     dtype: str,
     attention: str,
     quantize: str | None,
+    lookup: int,
     json: bool,
 ) -> None:
     if framework in ("jax", "both") and importlib.util.find_spec("jax"):
@@ -46,6 +47,7 @@ def run(
         dtype=dtype,
         attention=attention,
         quantize=quantize,
+        lookup=lookup,
         on_text=None if json else show,
     )
     if json:

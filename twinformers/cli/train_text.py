@@ -53,6 +53,13 @@ def train_text(
     eval_share: Annotated[Number, typer.Option(help="Share of the tokens held out; default 0.02.")] = None,
     eval_batches: Annotated[Count, typer.Option(help="Held-out batches read at most; default 16.")] = None,
     device: Annotated[Text, typer.Option(help="cpu, gpu, tpu or cuda, as the framework calls it.")] = None,
+    mesh: Annotated[
+        Text, typer.Option(help="Devices that share the work: data=2,fsdp=4,tensor=1; default one device.")
+    ] = None,
+    distributed: Annotated[
+        bool,
+        typer.Option("--distributed", help="Find JAX's other processes: SLURM, a TPU pod, several hosts."),
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
 ) -> None:
@@ -86,12 +93,13 @@ def train_text(
         "eval_share": eval_share,
         "eval_batches": eval_batches,
         "device": device,
+        "mesh": mesh,
     }
-    raise typer.Exit(run(out, resume=resume, settings=settings, json=json))
+    raise typer.Exit(run(out, resume=resume, distributed=distributed, settings=settings, json=json))
 
 
-def run(out: Path, *, resume: bool, settings: dict[str, Any], json: bool) -> int:
-    """Train, show how it goes, and say what it came to; the exit code."""
+def run(out: Path, *, resume: bool, distributed: bool, settings: dict[str, Any], json: bool) -> int:
+    """Train, show how it goes, and say what it came to; the exit code. The first process alone speaks."""
     import sys
 
     from twinformers.cli.output import console, print_json, progress
@@ -100,8 +108,10 @@ def run(out: Path, *, resume: bool, settings: dict[str, Any], json: bool) -> int
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from twinformers.training.text.run import train_text
 
-    watched = sys.stderr.isatty() and not json
-    with progress("reading", json=json) as bar:
+    # Several processes share a terminal: they show lines in place of a bar.
+    several = distributed or int(os.environ.get("WORLD_SIZE", 1)) > 1
+    watched = sys.stderr.isatty() and not json and not several
+    with progress("reading", json=json or several) as bar:
 
         def tokens(count: int) -> None:
             bar.update(bar.task_ids[0], description=f"{count:,} tokens")
@@ -115,8 +125,12 @@ def run(out: Path, *, resume: bool, settings: dict[str, Any], json: bool) -> int
                 print(text, file=sys.stderr, flush=True)
 
         given = {name: value for name, value in settings.items() if value is not None}
-        result = train_text(out, resume=resume, on_tokens=tokens, on_step=show, **given)
+        result = train_text(
+            out, resume=resume, distributed=distributed, on_tokens=tokens, on_step=show, **given
+        )
     code = 130 if result.interrupted else 0
+    if result.process:
+        return code
     if json:
         print_json(result.to_dict())
         return code

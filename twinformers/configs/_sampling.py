@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from twinformers.errors import UsageError
 
+#: So many last tokens of a text are looked for in what stands before them, the longest first.
+NGRAMS = (3, 2)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -70,4 +73,28 @@ def check_prompts(
             where="max_new_tokens",
             expected=f"prompt and new tokens together at most {max_positions}",
             found=f"{longest} + {max_new_tokens}",
+        )
+
+
+def check_guesses(guesses: int) -> None:
+    """Raise UsageError for no guess at all."""
+    if guesses < 1:
+        raise UsageError("bad value", where="lookup", expected="one guess or more", found=str(guesses))
+
+
+def check_lookup(prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    """Raise UsageError for what prompt look-up is not made for."""
+    if len(prompts) != 1:  # rows would come to their ends at times of their own
+        raise UsageError(
+            "prompt look-up is for one sequence",
+            where="lookup",
+            expected="one prompt",
+            found=str(len(prompts)),
+        )
+    if sampling.repetition_penalty != 1:  # what it does at one place depends on the token before
+        raise UsageError(
+            "prompt look-up knows no penalty",
+            where="repetition_penalty",
+            expected="1 with lookup",
+            found=str(sampling.repetition_penalty),
         )

@@ -7,17 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from twinformers.checkpoints import opened
 from twinformers.checkpoints.base import Checkpoint
-from twinformers.checkpoints.dtypes import cast, check_dtype
+from twinformers.checkpoints.dtypes import check_dtype
 from twinformers.checkpoints.porting import entries
 from twinformers.errors import UsageError
 from twinformers.sharding.jax_side import sharding
-from twinformers.weight_maps import weight_map
+from twinformers.sharding.parts import Parts
 
 
 def load_sharded(
@@ -55,41 +54,8 @@ def load_sharded(
 
 
 def _array(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: str, mesh: Mesh) -> jax.Array:
-    read: Any = Parts(checkpoint, name, dtype)
-    trains = weight_map(checkpoint.config).leaves("jax")[name].trains
-    place = sharding(name, shape, mesh) if trains else NamedSharding(mesh, PartitionSpec())
-    array = jax.make_array_from_callback(shape, place, read)
+    parts: Any = Parts(checkpoint, name, "jax", dtype)
+    place = sharding(name, shape, mesh) if parts.trains else NamedSharding(mesh, PartitionSpec())
+    array = jax.make_array_from_callback(shape, place, parts)
     # The next tensor is read when this one lies where it belongs, so that no two wait in memory.
     return jax.block_until_ready(array)
-
-
-class Parts:
-    """The parts of one parameter as the Flax twin has it: `parts(index)`, each read when asked for.
-
-    Devices that keep the same part ask one after another, so the last one is remembered.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, name: str, dtype: str):
-        self._checkpoint, self._dtype = checkpoint, dtype
-        self._leaf = weight_map(checkpoint.config).leaves("jax")[name]
-        self._last: tuple[Any, Any] = (None, None)
-
-    def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
-        asked = tuple((s.start, s.stop) for s in index)
-        if self._last[0] != asked:
-            self._last = (None, None)  # let go before more is read
-            part = self._read(index)
-            name = self._leaf.name(self._checkpoint.side)
-            self._last = (asked, np.ascontiguousarray(cast(part, self._dtype, name)))
-        return self._last[1]
-
-    def _read(self, index: tuple[slice, ...]) -> np.ndarray:
-        leaf, side = self._leaf, self._checkpoint.side
-        name = leaf.name(side)
-        order = leaf.order(side, "jax")
-        if order is None:  # the axes themselves are taken apart
-            return leaf.move(self._checkpoint.read(name), side, "jax")[index]
-        there = [slice(None)] * len(index)
-        for here, axis in enumerate(order):
-            there[axis] = index[here]
-        return self._checkpoint.read_part(name, tuple(there)).transpose(order)

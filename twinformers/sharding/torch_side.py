@@ -35,6 +35,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils import _pytree as pytree
 
 from torch_models import layers
+from twinformers.allocator import give_back
 from twinformers.errors import UsageError
 from twinformers.sharding import AXES, BATCH, DATA, FSDP, TENSOR, axes
 from twinformers.weight_maps import weight_map
@@ -81,6 +82,13 @@ def shard(model: Any, mesh: DeviceMesh, *, compute_dtype: str | None = None) -> 
     counts this process's rows and holds its heads. Raises UsageError for another dtype, for a model that has
     a mesh already or is not as it was loaded, and as `axes` does.
     """
+    cut(model, mesh, compute_dtype)
+    gather_once(model)
+    return model
+
+
+def cut(model: Any, mesh: DeviceMesh, compute_dtype: str | None) -> None:
+    """What `shard` does, as far as it needs no values: the model may lie on the "meta" device."""
     if compute_dtype not in (None, *DTYPES):
         raise UsageError(
             "unknown value",
@@ -105,7 +113,15 @@ def shard(model: Any, mesh: DeviceMesh, *, compute_dtype: str | None = None) -> 
     own = heads if heads % parts else heads // parts
     model.empty_cache = partial(_empty_cache, model.empty_cache, own, dtype)
     model.mesh = mesh
-    return model
+
+
+def gather_once(model: nn.Module) -> None:
+    """Gather each block and let it go: what inference mode gathered first could not be gathered again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
+            give_back()  # the C library would keep about a block for each block
 
 
 def _cut(model: Any, mesh: DeviceMesh) -> None:
@@ -195,9 +211,6 @@ def _split(model: Any, mesh: DeviceMesh, compute_dtype: str | None) -> None:
             register_fsdp_forward_method(model, name)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # Gathered once now: what inference mode gathered first could not be gathered again.
-            module.unshard()
-            module.reshard()
             # The loss is divided by the tokens of all processes: gradients are added up, not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no sum with a factor

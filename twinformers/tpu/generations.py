@@ -7,23 +7,13 @@ number, times twice their area).
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 from twinformers.errors import MissingDependency, UsageError
+from twinformers.tpu.environment import pretend
 
 GIB = 2**30
-#: Before JAX is imported: no machine has to be asked what it is, and several programs may compile at a time.
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5e-1",  # of the machine that it is not; a topology is named all the same
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TPU_STDERR_LOG_LEVEL": "3",
-}
 
 
 @dataclass(frozen=True)
@@ -94,8 +84,7 @@ def find_slice(name: str) -> Slice:
             expected=f"GENERATION:SHAPE, as v5e:4x4 or v5p:2x2x2; generations are {', '.join(GENERATIONS)}",
             found=repr(name),
         )
-    for variable, value in ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
+    pretend()
     try:
         import libtpu  # noqa: F401
     except ImportError:

@@ -24,10 +24,14 @@ Writer = Callable[[Path], Callable[[], object]]
 
 
 class Checkpoints:
-    """The checkpoints in a folder, of which the last `keep` stay; one is written at a time."""
+    """The checkpoints in a folder, of which the last `keep` stay; one is written at a time.
 
-    def __init__(self, folder: Path, keep: int):
-        self._folder, self._keep = folder, keep
+    Several processes may write into one together. The `first` of them gives it its name, once its writer says
+    that all have written; the others only write.
+    """
+
+    def __init__(self, folder: Path, keep: int, first: bool = True):
+        self._folder, self._keep, self._first = folder, keep, first
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
@@ -65,8 +69,9 @@ class Checkpoints:
         self.wait()
         new = self._folder / f".{self.path(step).name}.new"
         with self._typed():
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir(parents=True)
+            if self._first:
+                shutil.rmtree(new, ignore_errors=True)
+                new.mkdir(parents=True, exist_ok=True)  # by another process meanwhile
             finish = write(new)
         self._pending = self._thread.submit(self._commit, finish, new, self.path(step))
 
@@ -83,6 +88,8 @@ class Checkpoints:
 
     def _commit(self, finish: Callable[[], object], new: Path, place: Path) -> None:
         finish()
+        if not self._first:
+            return
         manifest.write(new, {})
         sync_all(new)
         os.rename(new, place)

@@ -61,10 +61,7 @@ def prepare(run: Run, on_tokens: Callable[[int], None] = lambda count: None) -> 
         sync_all(new)
         os.rename(new, run.data)
         sync(run.folder)
-    try:
-        about = TokenData(**read_json(run.data / ABOUT))
-    except TypeError as error:
-        raise FormatError("unknown fields", where=str(run.data / ABOUT), found=str(error)) from None
+    about = read_about(run)
     if (found := sha256(run.data / TOKENS)) != about.sha256:
         raise IntegrityError(
             "the tokens are not those that the run began with",
@@ -74,6 +71,14 @@ def prepare(run: Run, on_tokens: Callable[[int], None] = lambda count: None) -> 
             hint=f"remove the folder {run.data}: it is made again from the data",
         )
     return about
+
+
+def read_about(run: Run) -> TokenData:
+    """What is said of tokens that are there. Raises SourceError and FormatError where it cannot be read."""
+    try:
+        return TokenData(**read_json(run.data / ABOUT))
+    except TypeError as error:
+        raise FormatError("unknown fields", where=str(run.data / ABOUT), found=str(error)) from None
 
 
 def _write(run: Run, folder: Path, on_tokens: Callable[[int], None]) -> None:

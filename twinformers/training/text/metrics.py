@@ -19,10 +19,18 @@ EXACT = ("step", "loss", "norm", "rate", "eval_loss")
 
 
 class MetricsLog:
-    """`metrics.jsonl`, cut after the update that a run goes on from: `rows` are its lines."""
+    """`metrics.jsonl`, cut after the update that a run goes on from: `rows` are its lines.
 
-    def __init__(self, folder: Path, step: int):
-        path = folder / METRICS
+    Where several processes train together, the first one alone reads and writes them.
+    """
+
+    def __init__(self, folder: Path, step: int, first: bool = True):
+        self.rows: list[dict[str, Any]] = []
+        self._file: Any = None
+        if first:
+            self._open(folder / METRICS, step)
+
+    def _open(self, path: Path, step: int) -> None:
         self.rows = read_metrics(path)[:step] if path.exists() else []
         if [row.get("step") for row in self.rows] != list(range(1, step + 1)):
             raise FormatError(
@@ -37,14 +45,17 @@ class MetricsLog:
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        self._file.write(_line(row))
+        if self._file is not None:
+            self._file.write(_line(row))
 
     def settle(self) -> None:
         """Return when the lines have reached the disk: a checkpoint relies on those before it."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -15,19 +15,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from twinformers.checkpoints import port
 from twinformers.errors import DestinationError, MissingDependency, TwinformersError, UsageError
 from twinformers.training.loop import _interruptible
-from twinformers.training.state import Weights
 from twinformers.training.text.checkpoints import Checkpoints
-from twinformers.training.text.data import Windows, prepare, token_map, tokenizer_files
+from twinformers.training.text.data import Windows, prepare, read_about, token_map, tokenizer_files
+from twinformers.training.text.final import parameters, write_model
 from twinformers.training.text.metrics import METRICS, PLOT, MetricsLog, plot
+from twinformers.training.text.processes import SEEN, Processes, terminable
 from twinformers.training.text.settings import PACKAGES, RUN, Run, TextSettings, read_run, write_whole
 from twinformers.training.text.start import blank_weights, chosen_model, fitted_model, initial_weights
 
 LOCK = ".lock"
 #: What a run that was killed at its very beginning may have left.
-BEGINNINGS = {LOCK, f".{RUN}.new"}
+BEGINNINGS = {LOCK, f".{RUN}.new", SEEN, f".{SEEN}.new"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class TextResult:
 
     `loss` is the mean of the last 100 updates, `eval_loss` that of the last evaluation, both per token;
     `begun_at` is the update that this call went on from, and `tokens_per_second` counts its own alone,
-    compiling, evaluations and checkpoints included.
+    compiling, evaluations and checkpoints included. Several processes say the same, but for their number
+    (`process`).
     """
 
     framework: str
@@ -52,6 +53,7 @@ class TextResult:
     seconds: float
     tokens_per_second: float
     interrupted: bool
+    process: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,20 +63,25 @@ def train_text(
     destination: str | Path,
     *,
     resume: bool = False,
+    distributed: bool = False,
     on_tokens: Callable[[int], None] = lambda count: None,
     on_step: Callable[[int, int, dict[str, Any]], None] = lambda step, steps, row: None,
     **settings: Any,
 ) -> TextResult:
     """Train a language model on text or token files, and leave a folder that `generate` and `port` read.
 
-    `settings` are fields of `TextSettings`. With `resume` the folder's run goes on from its last whole
+    `settings` are fields of `TextSettings`. With a `mesh`, every process calls this alike: for PyTorch those
+    that torchrun launched, for JAX this one with all its devices, or those that it finds (`distributed`). The
+    folder lies where all of them see it, and the first one alone tells `on_tokens` and `on_step`.
+
+    With `resume` the folder's run goes on from its last whole
     checkpoint, bit for bit as if it had not ended; settings may be left out, and those that change no number
     may change. `on_tokens` is told how many tokens the data has so far, `on_step(step, steps, row)` each
     update with its line of `metrics.jsonl`. Ctrl-C ends after the update that it meets, with a checkpoint.
 
     Raises UsageError for bad settings and a loss that is no number any more, DestinationError for a folder
     that exists or is in use, SourceError, FormatError and IntegrityError for data and checkpoints that are
-    missing or damaged, MissingDependency for a package of the extra.
+    missing or damaged, MissingDependency for a package of the extra, WorkerError where another process fails.
     """
     folder = Path(os.path.expanduser(destination))
     # From wherever the run is resumed, its data lie where they lay.
@@ -89,17 +96,29 @@ def train_text(
         given = TextSettings(**{"data": (), **settings})
         run = Run(folder, given, chosen_model(given))
     side = _side(run.settings.framework)
-    if not resume:
-        _check_new(folder)
-    with _alone(folder, resume):
-        run.write()
-        data = prepare(run, on_tokens)
-        config = fitted_model(run, data)
-        with side.scope(run.settings), _interruptible() as interrupted:
-            return _train(run, config, data, side, interrupted, on_step)
+    with contextlib.ExitStack() as stack:
+        processes = stack.enter_context(side.connected(run.settings, distributed))
+        with processes.together():
+            if processes.first:
+                if not resume:
+                    _check_new(folder)
+                stack.enter_context(_alone(folder, resume))
+                run.write()
+                prepare(run, on_tokens)
+        processes.share(folder)
+        with processes.together():
+            data = read_about(run)
+            config = fitted_model(run, data)
+        stack.enter_context(side.scope(run.settings))
+        interrupted = stack.enter_context(_interruptible())
+        if processes.count > 1:
+            stack.enter_context(terminable(interrupted))
+        return _train(run, config, data, side, processes, interrupted, on_step)
 
 
-def _train(run: Run, config: Any, data: Any, side: Any, interrupted: Any, on_step: Any) -> TextResult:
+def _train(
+    run: Run, config: Any, data: Any, side: Any, processes: Processes, interrupted: Any, on_step: Any
+) -> TextResult:
     s = run.settings
     windows = Windows(
         token_map(run, data),
@@ -110,24 +129,21 @@ def _train(run: Run, config: Any, data: Any, side: Any, interrupted: Any, on_ste
     )
     rows = s.batch_size // s.accumulate
     held_out = windows.held_out(rows, s.eval_batches * rows)
-    checkpoints = Checkpoints(run.checkpoints, s.keep)
-    checkpoints.clean()
-    begun_at = max(checkpoints.steps(), default=0)
+    checkpoints = Checkpoints(run.checkpoints, s.keep, processes.first)
+    begun_at, metrics = _begin(run, checkpoints, processes)
+    weights = blank_weights(config) if begun_at else initial_weights(config, s.seed)
+    trainer = side.Trainer(config, s, weights, processes.mesh)
+    del weights
     if begun_at:
-        place = checkpoints.check(begun_at)
-        trainer = side.Trainer(config, s, blank_weights(config))
-        trainer.restore(place, begun_at)
-    else:
-        trainer = side.Trainer(config, s, initial_weights(config, s.seed))
-    metrics = MetricsLog(run.folder, begun_at)
-    eval_loss = next((r["eval_loss"] for r in reversed(metrics.rows) if "eval_loss" in r), None)
+        with processes.together():
+            trainer.restore(checkpoints.path(begun_at), begun_at)
     started = before = time.perf_counter()
     saved = begun_at
     with contextlib.ExitStack() as stack:
         stack.callback(metrics.close)
         stack.callback(checkpoints.close)
         batch = windows[trainer.updates] if trainer.updates < s.steps else None
-        while trainer.updates < s.steps and not interrupted.is_set():
+        while trainer.updates < s.steps and not processes.any(interrupted.is_set()):
             loss, norm = trainer.update(batch)
             step = trainer.updates
             if step < s.steps:  # while the device computes
@@ -138,10 +154,11 @@ def _train(run: Run, config: Any, data: Any, side: Any, interrupted: Any, on_ste
             row = {"step": step, "loss": loss, "norm": norm, "rate": s.recipe.rate(step)}
             row["tokens_per_second"] = round(s.batch_size * s.sequence / (now - before), 1)
             if held_out and (step == s.steps or (s.eval_every and step % s.eval_every == 0)):
-                eval_loss = row["eval_loss"] = _evaluate(trainer, held_out)
-                _check_finite(eval_loss, norm, step)
+                row["eval_loss"] = _evaluate(trainer, held_out)
+                _check_finite(row["eval_loss"], norm, step)
             metrics.add(row)
-            on_step(step, s.steps, row)
+            if processes.first:
+                on_step(step, s.steps, row)
             if s.save_every and step % s.save_every == 0:
                 metrics.settle()
                 checkpoints.save(step, trainer.save)
@@ -150,32 +167,53 @@ def _train(run: Run, config: Any, data: Any, side: Any, interrupted: Any, on_ste
         if trainer.updates > saved:
             metrics.settle()
             checkpoints.save(trainer.updates, trainer.save)
-        checkpoints.wait()
+        with processes.together():
+            checkpoints.wait()
         seconds = time.perf_counter() - started
-    write_whole(run.folder / PLOT, plot({s.framework: metrics.rows}))
     finished = trainer.updates == s.steps
-    arrays = trainer.weights()
-    parameters = sum(x.size for x in arrays.values())
-    if finished:
-        assets = tokenizer_files(run)
-        assets.setdefault("generation_config.json", json.dumps({"do_sample": False}).encode() + b"\n")
-        port(Weights(config, arrays, assets), run.folder / "model", to=s.framework, overwrite=True)
-    last = [row["loss"] for row in metrics.rows[-100:]]
+    with processes.together():
+        if processes.first:
+            write_whole(run.folder / PLOT, plot({s.framework: metrics.rows}))
+        if finished:
+            write_model(run, config, trainer, processes, tokenizer_files(run))
+    loss, eval_loss = json.loads(processes.tell(json.dumps(_last(metrics.rows))))
     return TextResult(
         framework=s.framework,
         destination=str(run.folder),
         model=str(run.folder / "model") if finished else "",
-        parameters=parameters,
+        parameters=parameters(config),
         tokens=data.count,
         windows=windows.count,
         steps=trainer.updates,
         begun_at=begun_at,
-        loss=sum(last) / len(last) if last else None,
+        loss=loss,
         eval_loss=eval_loss,
         seconds=seconds,
         tokens_per_second=(trainer.updates - begun_at) * s.batch_size * s.sequence / seconds,
         interrupted=not finished,
+        process=processes.index,
     )
+
+
+def _begin(run: Run, checkpoints: Checkpoints, processes: Processes) -> tuple[int, MetricsLog]:
+    """The update that the run goes on from, 0 at its start, and its metrics up to there."""
+    begun_at = 0
+    with processes.together():
+        if processes.first:
+            checkpoints.clean()
+            begun_at = max(checkpoints.steps(), default=0)
+            if begun_at:
+                checkpoints.check(begun_at)
+        # Opened before the model is made: what does not fit is said at once.
+        metrics = MetricsLog(run.folder, begun_at, processes.first)
+    return int(processes.tell(str(begun_at))), metrics
+
+
+def _last(rows: list[dict[str, Any]]) -> tuple[float | None, float | None]:
+    """The mean loss of the last 100 updates, and the last loss of what was held out."""
+    last = [row["loss"] for row in rows[-100:]]
+    eval_loss = next((r["eval_loss"] for r in reversed(rows) if "eval_loss" in r), None)
+    return (sum(last) / len(last) if last else None), eval_loss
 
 
 def _evaluate(trainer: Any, batches: list[Any]) -> float:

@@ -19,8 +19,10 @@ from twinformers.checkpoints.atomic import sync
 from twinformers.checkpoints.files import read_json
 from twinformers.configs import config_from_hf
 from twinformers.errors import FormatError, SourceError, TwinformersError, UsageError
+from twinformers.sharding import DATA, FSDP
 from twinformers.training.adamw import AdamW
 from twinformers.training.step import StepOptions
+from twinformers.training.text.mesh import mesh_sizes, mesh_text
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,8 @@ VERSION = 1
 RUN = "run.json"
 #: What may differ from the run that is resumed: it changes no number.
 FREE = ("save_every", "eval_every", "eval_batches", "keep", "device")
+#: What may differ and is reported: sums are then taken in another order.
+ROUNDING = ("mesh",)
 PACKAGES = {"jax": ("jax", "flax", "optax"), "torch": ("torch",)}
 
 
@@ -41,7 +45,8 @@ class TextSettings:
     `sequence` tokens in `accumulate` parts. Weights and moments are kept in `dtype`; `compute_dtype`, `remat`
     and `chunk` are those of `StepOptions`, `peak` to `clip` those of `AdamW` (`floor` None: a tenth of the
     peak). `eval_share` of the tokens is held out at the end of the text; an evaluation reads at most
-    `eval_batches` batches of it. Raises UsageError for values that make no sense.
+    `eval_batches` batches of it. `mesh` is how many devices share the work along which axis, such as
+    "data=2,fsdp=4" (None: one device). Raises UsageError for values that make no sense.
     """
 
     data: tuple[str, ...]
@@ -72,6 +77,7 @@ class TextSettings:
     eval_batches: int = 16
     keep: int = 2
     device: str | None = None
+    mesh: str | None = None
 
     def __post_init__(self) -> None:
         positive, counted = "a positive integer", "an integer from 0"
@@ -109,6 +115,20 @@ class TextSettings:
                 "the rows cannot be shared out evenly over the micro-batches",
                 where="batch_size",
                 expected=f"a multiple of accumulate = {self.accumulate}",
+                found=str(self.batch_size),
+            )
+        if self.mesh is not None:
+            self._check_mesh()
+
+    def _check_mesh(self) -> None:
+        sizes = mesh_sizes(self.mesh or "")
+        object.__setattr__(self, "mesh", mesh_text(sizes))  # one spelling, so that two can be compared
+        parts = sizes[DATA] * sizes[FSDP] * self.accumulate
+        if self.batch_size % parts:
+            raise UsageError(
+                "the rows cannot be shared out evenly over the mesh",
+                where="batch_size",
+                expected=f"a multiple of data x fsdp x accumulate = {parts}",
                 found=str(self.batch_size),
             )
 
@@ -195,8 +215,11 @@ def read_run(folder: Path, given: dict[str, Any]) -> Run:
             found=f"{type(error).__name__}: {error}",
             hint="the file was changed by hand; start anew",
         ) from None
+    given = dict(given)
+    if given.get("mesh") is not None:
+        given["mesh"] = mesh_text(mesh_sizes(given["mesh"]))
     for name, value in given.items():
-        if name not in FREE and value != getattr(kept, name):
+        if name not in (*FREE, *ROUNDING) and value != getattr(kept, name):
             raise UsageError(
                 "a run that is resumed keeps its settings",
                 where=name,
@@ -204,13 +227,16 @@ def read_run(folder: Path, given: dict[str, Any]) -> Run:
                 found=repr(value),
                 hint="leave the option out, or start a new run in another folder",
             )
-    for name, now in made_with(kept.framework).items():
+    now_with = made_with(kept.framework)
+    for name in ROUNDING:
+        before[name], now_with[name] = getattr(kept, name), given.get(name, getattr(kept, name))
+    for name, now in now_with.items():
         if before.get(name) != now:
             log.warning(
                 "%s: begun with %s = %s, resumed with %s; the numbers may differ in their last digits",
                 folder, name, before.get(name), now,
             )  # fmt: skip
-    changes = {name: value for name, value in given.items() if name in FREE}
+    changes = {name: value for name, value in given.items() if name in (*FREE, *ROUNDING)}
     return Run(folder, dataclasses.replace(kept, **changes), model)
 
 

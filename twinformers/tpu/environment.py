@@ -1,0 +1,31 @@
+"""What libtpu, the TPU compiler, has to be told on a machine without TPUs, before JAX is imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+#: No machine has to be asked what it is, and several programs may compile at a time.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5e-1",  # of the machine that it is not; a topology is named all the same
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+#: Where Linux shows the chips of a TPU, by generation.
+DEVICES = ("accel[0-9]*", "vfio/[0-9]*")
+
+
+def spare_the_search(devices: Path = Path("/dev")) -> None:
+    """Where libtpu is installed and no chip is, keep JAX from looking for one in vain, and aloud."""
+    if not any(found for pattern in DEVICES for found in devices.glob(pattern)):
+        pretend()
+
+
+def pretend() -> None:
+    """Set what is not set already."""
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
