@@ -133,13 +133,15 @@ class Generator:
     ) -> tuple[jax.Array, KVCache, jax.Array | None, np.ndarray]:
         """Read the prompts: the first new token [B], the cache, the tokens seen [B, V], and lengths [B].
 
-        The cache has room for the prompts alone; tokens seen are kept where a penalty needs them.
+        The cache has room for the prompts alone; tokens seen are kept where a penalty needs them. Where the
+        cache comes round, the prompts are read in parts, of which none overwrites what it sees.
         """
         check_prompts(prompts, max_new_tokens, self.config.vocab_size, self.config.max_position_embeddings)
         lengths = np.array([len(p) for p in prompts], np.int32)  # [B]
         width = bucket(lengths.max())
         tokens, positions = (
-            np.zeros((len(prompts), width), np.int32),
+            # Padding is a token that the row has anyway, in whatever part of the prompts it stands.
+            np.array([[prompt[0]] * width for prompt in prompts], np.int32),
             np.full((len(prompts), width), -1, np.int32),
         )
         for row, prompt in enumerate(prompts):
@@ -149,9 +151,15 @@ class Generator:
         if sampling.repetition_penalty != 1:
             seen = jnp.zeros((len(prompts), self.config.vocab_size), bool)  # [B, V]
         seed = key(sampling.seed)
-        chosen, cache, seen = self._step(
-            self._params, tokens, positions, lengths - 1, cache, seen, seed, 0, sampling
-        )
+        most = self.config.longest_call(cache.positions.shape[1] - 1) or width
+        chosen: Any = None
+        for start in range(0, width, most):
+            part = slice(start, start + most)
+            last = np.clip(lengths - 1 - start, 0, len(tokens[0, part]) - 1)  # [B]
+            new, cache, seen = self._step(
+                self._params, tokens[:, part], positions[:, part], last, cache, seen, seed, 0, sampling
+            )
+            chosen = new if chosen is None else jnp.where(lengths > start, new, chosen)
         return chosen, cache, seen, lengths
 
     def stream(
@@ -181,7 +189,8 @@ class Generator:
             if (left := max_new_tokens - count) == 0:
                 return
             if count == 1:
-                cache = self._grow(cache, length=bucket(lengths.max() + max_new_tokens))
+                slots = self.config.cache_slots(bucket(lengths.max() + max_new_tokens))
+                cache = self._grow(cache, length=slots)
             most = min(left, STEPS)
             # vs torch: the device takes several steps before it answers
             out, chosen, cache, seen = self._loop(

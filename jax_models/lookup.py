@@ -117,7 +117,7 @@ class LookupGenerator(Generator):
             if end >= limit:
                 return
             if self.passes == 0:
-                cache = self._grow(cache, length=bucket(limit))
+                cache = self._grow(cache, length=self.config.cache_slots(bucket(limit)))
             start = end
             history, end, cache, passes = self._ahead(
                 self._params, history, np.int32(start), stops, cache, seed, first, limit, sampling

@@ -34,6 +34,7 @@ from jax_models import functional
 from twinformers.checkpoints.preset import PresetCheckpoint
 from twinformers.configs import RopeScaling
 from twinformers.configs.llama import LlamaConfig
+from twinformers.configs.mistral import MistralConfig
 from twinformers.configs.transformer import ACTIVATIONS, SPELLINGS, TransformerConfig
 from twinformers.parity.kinds import kind
 from twinformers.parity.limits import OUTPUTS
@@ -128,6 +129,13 @@ def llama(draw: Any) -> Case:
 
 
 @st.composite
+def mistral(draw: Any) -> Case:
+    case = draw(llama())
+    window = draw(st.none() | st.integers(1, 9))
+    return {**case, "kind": "mistral", "config": case["config"] | {"sliding_window": window}}
+
+
+@st.composite
 def transformer(draw: Any) -> Case:
     heads = [draw(st.integers(1, 4)) for _ in range(2)]
     unit = math.lcm(2, *heads)
@@ -202,6 +210,7 @@ HEADS: dict[str, Callable[[int, int], tuple[int, int]]] = {
 }
 KINDS: dict[str, Callable[[], st.SearchStrategy[Case]]] = {
     "llama": llama,
+    "mistral": mistral,
     "transformer": transformer,
     "attention": attention,
 }
@@ -222,9 +231,7 @@ def places(length: int, rows: list[list[int]]) -> np.ndarray:
 def check(case: Case) -> Gaps:
     """The largest differences; Disagreement, with the command that repeats it, where one is too large."""
     try:
-        arrays, positions = {"llama": run_llama, "transformer": run_transformer, "attention": run_attention}[
-            case["kind"]
-        ](case)
+        arrays, positions = RUN[case["kind"]](case)
         names, gaps = list(arrays), {}
         for n, right in enumerate(names):
             for left in names[:n]:
@@ -279,7 +286,8 @@ def parts(case: Case) -> list[slice]:
 
 def run_llama(case: Case) -> tuple[dict[str, np.ndarray], np.ndarray]:
     scaling = case["config"]["rope_scaling"]
-    config = LlamaConfig(**case["config"] | {"rope_scaling": scaling and RopeScaling(**scaling)})
+    cls: Any = {"llama": LlamaConfig, "mistral": MistralConfig}[case["kind"]]
+    config = cls(**case["config"] | {"rope_scaling": scaling and RopeScaling(**scaling)})
     checkpoint = Drawn(config, case["seed"])
     positions = places(case["length"], case["rows"])
     tokens = np.random.default_rng(case["seed"]).integers(0, config.vocab_size, positions.shape, np.int32)
@@ -371,6 +379,14 @@ def run_attention(case: Case) -> tuple[dict[str, np.ndarray], np.ndarray]:
     return found, positions
 
 
+RUN = {
+    "llama": run_llama,
+    "mistral": run_llama,
+    "transformer": run_transformer,
+    "attention": run_attention,
+}
+
+
 # Many of them
 
 
@@ -396,12 +412,13 @@ def features(case: Case) -> list[str]:
     """What a case has besides the ordinary, for counting."""
     config = case.get("config", case)
     names = [f"{case['kind']} cases"]
-    if case["kind"] == "llama":
-        names.append(f"llama, scaling {(config['rope_scaling'] or {'rope_type': 'none'})['rope_type']}")
-        names += ["llama, tied head"] * config["tie_word_embeddings"]
-        names += ["llama, grouped heads"] * (
+    if (name := case["kind"]) in ("llama", "mistral"):
+        names.append(f"{name}, scaling {(config['rope_scaling'] or {'rope_type': 'none'})['rope_type']}")
+        names += [f"{name}, tied head"] * config["tie_word_embeddings"]
+        names += [f"{name}, grouped heads"] * (
             config["num_attention_heads"] > config["num_key_value_heads"] > 1
         )
+        names += [f"{name}, window"] * (config.get("sliding_window") is not None)
     elif case["kind"] == "transformer":
         names.append(f"transformer, spelled {config['model_type']}")
         names += ["transformer, tables shared"] * config["share_embeddings"]

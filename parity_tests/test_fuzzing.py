@@ -26,6 +26,12 @@ def test_random_llamas_match_each_other_and_transformers(case):
     assert len(fuzzing.check(case)) == 3
 
 
+@settings(BOUNDED, max_examples=10)  # what it has besides LLaMA is its window
+@given(fuzzing.mistral())
+def test_random_mistrals_match_each_other_and_transformers(case):
+    assert len(fuzzing.check(case)) == 3
+
+
 @BOUNDED
 @given(fuzzing.transformer())
 def test_random_transformers_match_each_other_and_transformers(case):

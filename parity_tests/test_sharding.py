@@ -69,7 +69,9 @@ def test_a_weight_that_differs_is_seen():
     assert min(found["forward"], found["cache"]) > 1e-6
 
 
-@pytest.mark.parametrize("name", ["llama-tiny", "transformer-tiny", "llama3.2-1b", "llama2-70b"])
+@pytest.mark.parametrize(
+    "name", ["llama-tiny", "mistral-tiny", "transformer-tiny", "llama3.2-1b", "llama2-70b"]
+)
 def test_every_parameter_has_a_rule(name):
     leaves = weight_map(preset(name)).leaves("jax")
     sizes = dict.fromkeys(AXES, 2)

@@ -101,14 +101,16 @@ class Generator:
     ) -> tuple[torch.Tensor, KVCache, torch.Tensor | None, np.ndarray]:
         """Read the prompts: the first new token [B], the cache, the tokens seen [B, V], and lengths [B].
 
-        The cache has room for the prompts alone; tokens seen are kept where a penalty needs them.
+        The cache has room for the prompts alone; tokens seen are kept where a penalty needs them. Where the
+        cache comes round, the prompts are read in parts, of which none overwrites what it sees.
         """
         check_prompts(prompts, max_new_tokens, self.config.vocab_size, self.config.max_position_embeddings)
         device = next(self._model.parameters()).device
         lengths = np.array([len(p) for p in prompts], np.int32)  # [B]
         width = bucket(lengths.max())
         tokens, positions = (
-            np.zeros((len(prompts), width), np.int32),
+            # Padding is a token that the row has anyway, in whatever part of the prompts it stands.
+            np.array([[prompt[0]] * width for prompt in prompts], np.int32),
             np.full((len(prompts), width), -1, np.int32),
         )
         for row, prompt in enumerate(prompts):
@@ -118,16 +120,23 @@ class Generator:
         if sampling.repetition_penalty != 1:
             size = len(prompts), self.config.vocab_size
             seen = torch.zeros(size, dtype=torch.bool, device=device)  # [B, V]
-        chosen, cache, seen = self._step(
-            torch.from_numpy(tokens).to(device),
-            torch.from_numpy(positions).to(device),
-            torch.from_numpy(lengths).to(device).long() - 1,
-            cache,
-            seen,
-            key(sampling.seed, device),
-            0,
-            sampling,
-        )
+        most = self.config.longest_call(cache.positions.shape[1] - 1) or width
+        chosen: Any = None
+        for start in range(0, width, most):
+            part = slice(start, start + most)
+            last = np.clip(lengths - 1 - start, 0, len(tokens[0, part]) - 1)  # [B]
+            new, cache, seen = self._step(
+                torch.from_numpy(tokens[:, part]).to(device),
+                torch.from_numpy(positions[:, part]).to(device),
+                torch.from_numpy(last).to(device).long(),
+                cache,
+                seen,
+                key(sampling.seed, device),
+                0,
+                sampling,
+            )
+            later = torch.from_numpy(lengths > start).to(device)  # [B]
+            chosen = new if chosen is None else torch.where(later, new, chosen)
         return chosen, cache, seen, lengths
 
     def stream(
@@ -155,7 +164,7 @@ class Generator:
             if count == max_new_tokens or not running.any():
                 return
             if count == 1:
-                cache = grow(cache, bucket(lengths.max() + max_new_tokens))
+                cache = grow(cache, self.config.cache_slots(bucket(lengths.max() + max_new_tokens)))
             chosen, cache, seen = self._step(
                 chosen[:, None], (ends + count - 1)[:, None], first, cache, seen, seed, count, sampling
             )

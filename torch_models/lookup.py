@@ -81,7 +81,7 @@ class LookupGenerator(Generator):
             if len(history) == limit:
                 return
             if self.passes == 0:
-                cache = grow(cache, bucket(limit))
+                cache = grow(cache, self.config.cache_slots(bucket(limit)))
             guesses = guess(history, min(self.guesses, limit - len(history) - 1))
             new, cache = self._ahead(guesses, history, cache, seed, first, sampling)
             self.passes += 1

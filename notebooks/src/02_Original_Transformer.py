@@ -978,4 +978,4 @@ check(answer, lambda a: tuple(a) == tuple(best_head()))
 # Both versions of this model started from the same weights and went through the same training, dropout
 # included, with the same losses. The same code, at full size, translates English into German.
 #
-# Next in the course: **03, GPT-2** (coming), and **04, LLaMA 2**, which changes four parts of this decoder.
+# Next in the course: **03, GPT-2**, this decoder alone, and **04, LLaMA 2**, which changes four of its parts.

@@ -23,8 +23,9 @@ from twinformers.checkpoints.msgpack import msgpack_spans
 from twinformers.checkpoints.pickles import pickle_spans
 from twinformers.checkpoints.safetensors_io import SafetensorsFiles
 from twinformers.checkpoints.spans import SpanFiles
-from twinformers.configs import config_from_hf
+from twinformers.configs import Config, config_from_hf
 from twinformers.errors import FormatError, SourceError
+from twinformers.weight_maps import weight_map
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,6 +71,39 @@ class TensorFiles(Protocol):
     def files(self) -> Sequence[Path]: ...
     def read(self, name: str) -> np.ndarray: ...
     def close(self) -> None: ...
+
+
+class Renamed:
+    """The same files with other names for their tensors."""
+
+    def __init__(self, files: TensorFiles, names: Mapping[str, str]):
+        self._names, self._whole = names, files
+        self.tensors = {name: files.tensors[stored] for name, stored in names.items()}
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return self._whole.files
+
+    def read(self, name: str) -> np.ndarray:
+        return self._whole.read(self._names[name])
+
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        if hasattr(self._whole, "read_part"):
+            return self._whole.read_part(self._names[name], index)
+        return self.read(name)[index]
+
+    def close(self) -> None:
+        self._whole.close()
+
+
+def completed(files: TensorFiles, config: Config) -> TensorFiles:
+    """The files by the names of the model with its head, where they were saved from the one below it."""
+    base = f"{config.hf_base}."
+    if any(name.startswith(base) for name in files.tensors):
+        return files
+    table = weight_map(config)
+    known = table.tensors("hf").keys() | table.buffers("hf")
+    return Renamed(files, {base + n if base + n in known else n: n for n in files.tensors})
 
 
 @dataclass(frozen=True)
@@ -131,6 +165,8 @@ class WeightsFolder(FolderCheckpoint):
                     hint="remove the one that is out of date; transformers would read this file",
                 )
             self._compare_with_index(index, self._listed)
+        if self.side == "hf" and self.config.hf_base:
+            self._files = completed(self._files, self.config)
 
     def _compare_with_index(self, path: Path, listed: Mapping[str, str]) -> None:
         actual = {name: Path(info.file).name for name, info in self._files.tensors.items()}

@@ -7,7 +7,9 @@ from two ways to compute a power.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from twinformers.configs.base import check_type
 from twinformers.errors import ConfigError
@@ -81,3 +83,50 @@ def rotary_frequencies(head_dim: int, rope_theta: float, scaling: RopeScaling | 
         keep = min(max((turns - low) / (high - low), 0.0), 1.0)
         scaled.append(keep * f + (1 - keep) * f / scaling.factor)
     return tuple(scaled)
+
+
+def read_rope(raw: Mapping[str, Any], default_theta: float, default_length: int) -> dict[str, Any]:
+    """Theta and scaling in config.json: `rope_parameters` since transformers 5, two separate fields before.
+
+    Where a file has both, transformers reads the old field, and so does this. The defaults are those of the
+    architecture, the length that of `max_position_embeddings`. ConfigError for what is not implemented.
+    """
+    field = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    rope = raw.get(field) or {}
+    if not isinstance(rope, Mapping):
+        raise ConfigError("bad value", where=field, expected="an object", found=repr(rope)[:200])
+    theta = rope.get("rope_theta", raw.get("rope_theta"))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    fields = RopeScaling.__dataclass_fields__
+    unknown = sorted(rope.keys() - fields.keys() - {"type", "rope_theta", "partial_rotary_factor"})
+    if kind in ("default", *ROPE_TYPES) and unknown:
+        raise ConfigError(
+            "the configuration asks for what is not implemented",
+            where=f"{field}.{unknown[0]}",
+            found=repr(rope[unknown[0]])[:200],
+        )
+    scaling = None
+    if kind != "default":
+        given = {k: v for k, v in rope.items() if k in fields and v is not None}
+        if kind == "llama3":
+            length = raw.get("max_position_embeddings") or default_length
+            given.setdefault("original_max_position_embeddings", length)
+        scaling = RopeScaling(**{"factor": None, **given, "rope_type": kind})
+    partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise ConfigError(
+            "the configuration asks for what is not implemented",
+            where="partial_rotary_factor",
+            expected="1.0",
+            found=repr(partial)[:200],
+        )
+    return {"rope_theta": default_theta if theta is None else theta, "rope_scaling": scaling}
+
+
+def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
+    """Both spellings: transformers 5 reads `rope_parameters`, everything older the two separate fields."""
+    fields = scaling.to_dict() if scaling else None
+    return {
+        "rope_scaling": fields,
+        "rope_parameters": {**(fields or {"rope_type": "default"}), "rope_theta": theta},
+    }

@@ -66,7 +66,8 @@ class Config:
 
     Class attributes that a subclass sets: `architecture` (the stem that names its files), `model_class`
     (the class in both framework's files), `hf_class` (in transformers), `HF_DEFAULTS` (what config.json
-    may omit), `HF_FIXED` (fields for which the code implements one value only), `GGUF_FIELDS` (the field
+    may omit), `hf_base` (the name under which that class keeps the model below its head: files of that model
+    alone lack it), `HF_FIXED` (fields for which the code implements one value only), `GGUF_FIELDS` (the field
     by each of GGUF's keys, less the architecture's prefix), `kind` (which call contract holds: "causal" or
     "encoder-decoder").
     """
@@ -75,6 +76,7 @@ class Config:
     model_class: ClassVar[str]
     hf_class: ClassVar[str | None]
     hf_model_type: ClassVar[str]
+    hf_base: ClassVar[str] = ""
     kind: ClassVar[str] = "causal"
     HF_DEFAULTS: ClassVar[Mapping[str, Any]] = {}
     HF_FIXED: ClassVar[Mapping[str, Any]] = {}
@@ -101,6 +103,14 @@ class Config:
     def hf_classes(cls) -> Mapping[str, str | None]:
         """transformers' class by each `model_type` that config.json may give, None where it has none."""
         return {cls.hf_model_type: cls.hf_class}
+
+    def cache_slots(self, length: int) -> int:
+        """How many slots a cache for `length` positions has: fewer where a window lets them be used again."""
+        return length
+
+    def longest_call(self, slots: int) -> int | None:
+        """The most tokens of one call with a cache of so many slots; None for as many as it has slots."""
+        return None
 
     def replace(self: C, **changes: Any) -> C:
         return dataclasses.replace(self, **changes)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from twinformers.configs._rope import ROPE_TYPES, RopeScaling, rotary_frequencies
+from twinformers.configs._rope import RopeScaling, read_rope, rotary_frequencies, write_rope
 from twinformers.configs.base import Config, check_type, is_number
 from twinformers.errors import ConfigError
 
@@ -121,43 +121,7 @@ class LlamaConfig(Config):
 
     @classmethod
     def hf_values(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Theta and scaling: `rope_parameters` since transformers 5, two separate fields before.
-
-        Where a file has both, transformers reads the old field, and so does this.
-        """
-        field = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-        rope = raw.get(field) or {}
-        if not isinstance(rope, Mapping):
-            raise ConfigError("bad value", where=field, expected="an object", found=repr(rope)[:200])
-        theta = rope.get("rope_theta", raw.get("rope_theta"))
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        fields = RopeScaling.__dataclass_fields__
-        unknown = sorted(rope.keys() - fields.keys() - {"type", "rope_theta", "partial_rotary_factor"})
-        if kind in ("default", *ROPE_TYPES) and unknown:
-            raise ConfigError(
-                "the configuration asks for what is not implemented",
-                where=f"{field}.{unknown[0]}",
-                found=repr(rope[unknown[0]])[:200],
-            )
-        scaling = None
-        if kind != "default":
-            given = {k: v for k, v in rope.items() if k in fields and v is not None}
-            if kind == "llama3":
-                length = raw.get("max_position_embeddings") or cls.HF_DEFAULTS["max_position_embeddings"]
-                given.setdefault("original_max_position_embeddings", length)
-            scaling = RopeScaling(**{"factor": None, **given, "rope_type": kind})
-        if (partial := rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))) not in (
-            None,
-            1,
-            1.0,
-        ):
-            raise ConfigError(
-                "the configuration asks for what is not implemented",
-                where="partial_rotary_factor",
-                expected="1.0",
-                found=repr(partial)[:200],
-            )
-        return {"rope_theta": cls.ROPE_THETA_DEFAULT if theta is None else theta, "rope_scaling": scaling}
+        return read_rope(raw, cls.ROPE_THETA_DEFAULT, cls.HF_DEFAULTS["max_position_embeddings"])
 
     @classmethod
     def hf_extra_fields(cls) -> frozenset[str]:
@@ -166,11 +130,7 @@ class LlamaConfig(Config):
     def to_hf(self) -> dict[str, Any]:
         raw = super().to_hf()
         del raw["rope_interleaved"]  # a field of one family of files, not of transformers' configuration
-        scaling = self.rope_scaling.to_dict() if self.rope_scaling else None
-        # Both spellings: transformers 5 reads `rope_parameters`, everything older the two separate fields.
-        raw["rope_scaling"] = scaling
-        raw["rope_parameters"] = {**(scaling or {"rope_type": "default"}), "rope_theta": self.rope_theta}
-        return raw
+        return raw | write_rope(self.rope_theta, self.rope_scaling)
 
     @classmethod
     def from_gguf(

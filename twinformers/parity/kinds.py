@@ -94,10 +94,13 @@ class Causal:
         """One row: a text to continue."""
         return np.array([prompt], np.int32), _upwards(len(prompt))
 
-    def steps(self, call: Call, empty_cache: Call, inputs: Inputs, count: int) -> Iterator[int]:
+    def steps(self, config: Any, call: Call, empty_cache: Call, inputs: Inputs, count: int) -> Iterator[int]:
         """The likeliest token after one row of inputs, then after each of `count` steps with a cache."""
         length = inputs[0].shape[1]
-        logits, cache = call("__call__", *inputs, empty_cache(1, length + count))
+        cache = empty_cache(1, length + count)
+        most = config.longest_call(cache.positions.shape[1] - 1) or length
+        for start in range(0, length, most):
+            logits, cache = call("__call__", *(x[:, start : start + most] for x in inputs), cache)
         yield from _greedily(lambda *args: call("__call__", *args), logits, cache, length, count)
 
     def continued(self, config: Any, inputs: Inputs, generated: list[list[int | None]]) -> Inputs:
@@ -112,6 +115,8 @@ class Causal:
         tokens, positions = map(torch.from_numpy, inputs)
         place = positions.long()
         seen = (place[:, None, :] >= 0) & (place[:, None, :] <= place[:, :, None])  # [B, T, S]
+        if (window := getattr(model.config, "sliding_window", None)) is not None:
+            seen &= place[:, None, :] > place[:, :, None] - window
         # A mask of four dimensions is used as it is; transformers' own would not know these positions.
         mask = torch.zeros(seen.shape, dtype=kind).masked_fill(~seen, torch.finfo(kind).min)[:, None]
         return model(
@@ -173,7 +178,7 @@ class EncoderDecoder:
         start = np.array([[config.decoder_start_token_id]], np.int32)
         return np.array([prompt], np.int32), _upwards(len(prompt)), start, _upwards(1)
 
-    def steps(self, call: Call, empty_cache: Call, inputs: Inputs, count: int) -> Iterator[int]:
+    def steps(self, config: Any, call: Call, empty_cache: Call, inputs: Inputs, count: int) -> Iterator[int]:
         """The likeliest token after one row of inputs, then after each of `count` steps with a cache."""
         source, source_positions, tokens, positions = inputs
         cross = call("cross_cache", call("encode", source, source_positions), source_positions)

@@ -17,7 +17,7 @@ DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 BATCH = (DATA, FSDP)
 #: By the end of a Flax name; a kernel is [in, out]. Vectors lie whole on each device: they are small.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"(source_)?embed\.embedding", (TENSOR, FSDP)),
+    (r"(source_|position_)?embed\.embedding", (TENSOR, FSDP)),
     (r"(q|k|v|gate|up)_proj\.kernel|fc1\.kernel|lm_head\.kernel", (FSDP, TENSOR)),
     (r"(o|down)_proj\.kernel|fc2\.kernel", (TENSOR, FSDP)),
     (r"\w+\.(scale|bias)", (None,)),

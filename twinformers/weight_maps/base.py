@@ -151,7 +151,7 @@ def _with_flax(row: Row, kept: Mapping[str, str]) -> Row:
     if last == "weight":
         last = kept.get(leaf, leaf)
     axes = " ".join(reversed(_groups(hf.axes))) if leaf == "kernel" else hf.axes
-    return replace(row, places={**row.places, "flax": Place("/".join((*path, last)), axes)})
+    return replace(row, places={**row.places, "flax": Place("/".join((*path, last)), axes, hf.part)})
 
 
 @dataclass(frozen=True)

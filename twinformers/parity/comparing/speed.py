@@ -142,8 +142,9 @@ def _timed(
     checkpoint: Checkpoint, call: Call, empty_cache: Call, prompt: Sequence[int], new: int
 ) -> list[float]:
     """Seconds until the first new token, then for each one after it."""
-    calls, stamps = kind(checkpoint.config), [time.perf_counter()]
-    for _ in calls.steps(call, empty_cache, calls.prompted(checkpoint.config, prompt), new - 1):
+    config, stamps = checkpoint.config, [time.perf_counter()]
+    calls = kind(config)
+    for _ in calls.steps(config, call, empty_cache, calls.prompted(config, prompt), new - 1):
         stamps.append(time.perf_counter())
     return [after - before for before, after in itertools.pairwise(stamps)]
 

@@ -112,9 +112,8 @@ def agreement(
     with jax_precision(dtype), jax.default_device(devices["jax"]):
         model = load(checkpoint, "jax", dtype, devices["jax"])
         call = jax_caller(model)
-        for token in calls.steps(
-            jax_caller(model, ("__call__", "decode")), model.empty_cache, inputs, count - 1
-        ):
+        both = jax_caller(model, ("__call__", "decode"))
+        for token in calls.steps(checkpoint.config, both, model.empty_cache, inputs, count - 1):
             generated.append(token)
             if token in stop:
                 break
