@@ -66,7 +66,7 @@ def names(params):
 
 def main(sizes, changes, plant):
     assert len(jax.devices()) == 8
-    config = preset("llama-tiny").replace(**changes)
+    config = preset(changes.pop("preset", "llama-tiny")).replace(**changes)
     mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
     one, many = (
         twinformers.load(PresetCheckpoint("test", config), "jax", "float64", jax.devices()[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -46,6 +47,10 @@ EVEN = preset("llama-tiny").replace(
 ODD = preset("llama-tiny").replace(num_key_value_heads=1, tie_word_embeddings=True)
 #: One whose weights have an axis that "tensor" cuts, and then "fsdp" into parts that are not alike.
 STRIDED = ODD.replace(hidden_size=33, num_attention_heads=3)
+#: A table of positions, biases and dropout.
+GPT2 = preset("gpt2-tiny").replace(
+    vocab_size=256, hidden_size=64, intermediate_size=96, num_attention_heads=8
+)
 #: Three tables and a head, and biases.
 APART = preset("transformer-tiny").replace(share_embeddings=False, tie_word_embeddings=False)
 #: One that also has a buffer, which is no parameter; one whose folder has tables that are computed.
@@ -390,6 +395,8 @@ def measured(mesh, more, folder):
     )
     results |= {f"odd {k}": v for k, v in compared(ODD, mesh).items()}
     results["odd update"] = updates(ODD, mesh, chunk=5)["update"]
+    results |= {f"gpt2 {k}": v for k, v in compared(GPT2, mesh).items()}
+    results["gpt2 update"] = updates(GPT2, mesh)["update"]
     results |= translated(mesh) | reductions(mesh) | gathered(mesh) | stored(mesh, folder)
     rows = shard_batch(torch.arange(ROWS), mesh)
     block = dist.get_rank() // mesh[TENSOR].size()  # the last axis runs fastest
@@ -412,7 +419,10 @@ def main(meshes, folder):
         told.append(measured(mesh, more, folder / "x".join(map(str, sizes))) | spent)
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(told))
+    dist.barrier()  # nobody leaves while another still needs it
     dist.destroy_process_group()
+    # Threads of torch's own that outlive the group abort an interpreter that ends, now and then.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -85,9 +85,10 @@ def test_logits_jax_matches_torch(name, jax_device, torch_device):
     "name", [n if n == "grouped-query" else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS]
 )
 def test_every_submodule_matches_twin_and_transformers(name, jax_device, torch_device):
+    lower = ["float32", "bfloat16"] if name == "grouped-query" else ["float32"]
     report = twinformers.verify(
         PresetCheckpoint("test", CONFIGS[name]),
-        dtypes=["float64", "float32", "bfloat16"],
+        dtypes=["float64", *lower],
         jax_device=jax_device,
         torch_device=torch_device,
     )
@@ -96,7 +97,7 @@ def test_every_submodule_matches_twin_and_transformers(name, jax_device, torch_d
     assert len({r.path for r in exact}) == 3 * 12 + 2 + (not CONFIGS[name].tie_word_embeddings)
     assert all(r.limit == LIMIT for r in exact)
     judged = {(r.dtype, r.left) for r in report.checks if r.check == "rounding" and r.limit is not None}
-    assert judged == {(d, t) for d in ("float32", "bfloat16") for t in ("jax", "torch")}
+    assert judged == {(d, t) for d in lower for t in ("jax", "torch")}
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
@@ -236,8 +237,9 @@ def test_ten_seeds_sample_the_same_text_from_real_weights():
 
     tokenizer = twinformers.load_tokenizer("demo")
     prompt = [tokenizer.encode("Once upon a time")]
-    left = JaxGenerator(twinformers.load("demo", "jax"))
-    right = TorchGenerator(twinformers.load("demo", "torch"))
+    # As `generate` loads them: three times as fast as the readable attention.
+    left = JaxGenerator(twinformers.load("demo", "jax", attention="fused", decoding=True))
+    right = TorchGenerator(twinformers.load("demo", "torch", attention="fused"))
     texts = set()
     for seed in range(10):
         sampling = twinformers.Sampling(temperature=0.8, seed=seed)

@@ -64,13 +64,22 @@ def test_sizes_that_do_not_divide_stay_whole():
     assert max(found["forward"], found["cache"]) <= LIMIT and found["update"] <= 1e-10
 
 
+@pytest.mark.parametrize("name", ["gpt2-tiny", "mistral-tiny"])
+def test_other_decoders_match_one_device(name):
+    """GPT-2 with dropout, biases and a table of positions; Mistral whose window is shorter than the rows."""
+    own = {"gpt2-tiny": {"num_attention_heads": 8}, "mistral-tiny": EVEN}[name]
+    found = sharded((2, 2, 2), {"preset": name, **{k: EVEN[k] for k in list(EVEN)[:3]}, **own})
+    assert max(found["forward"], found["cache"]) <= LIMIT and found["update"] <= 1e-10
+    assert found["share"] < 0.3 and not found["moved"]
+
+
 def test_a_weight_that_differs_is_seen():
     found = sharded((2, 2, 2), EVEN, plant=True)
     assert min(found["forward"], found["cache"]) > 1e-6
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-tiny", "mistral-tiny", "transformer-tiny", "llama3.2-1b", "llama2-70b"]
+    "name", ["llama-tiny", "gpt2-xl", "mistral-tiny", "transformer-tiny", "llama3.2-1b", "llama2-70b"]
 )
 def test_every_parameter_has_a_rule(name):
     leaves = weight_map(preset(name)).leaves("jax")

@@ -22,11 +22,12 @@ MESHES = {2: [(1, 2, 1), (1, 1, 2)], 4: [(2, 2, 1), (1, 2, 2)]}
 MORE = (1, 2, 2)
 
 LIMITS = {
-    **dict.fromkeys(("forward", "cache", "odd forward", "odd cache", "translate", "translate cached"), 1e-12),
+    **dict.fromkeys(("forward", "cache", "odd forward", "odd cache", "gpt2 forward", "gpt2 cache"), 1e-12),
+    **dict.fromkeys(("translate", "translate cached"), 1e-12),
     "order": 0,
     "whole blocks": 1,
     "loaded": 0,
-    **dict.fromkeys(("update", "pieces", "odd update", "translate gradients"), 1e-10),
+    **dict.fromkeys(("update", "pieces", "odd update", "gpt2 update", "translate gradients"), 1e-10),
 }
 #: Sums in another order: float32 in a few units of its last place, bfloat16 within half of one for a loss.
 NARROW = {"float32 forward": 1e-5, "float32 cache": 1e-5, "float32 update": 1e-4, "mixed": 2**-8}
