@@ -218,6 +218,16 @@ print("the last merges:", [spelled[n].decode() for n in list(merges.values())[-6
 assert b"".join(spelled[t] for t in tokens).decode() == rhyme
 
 # %% [markdown]
+# **Picture.** The text gets shorter with every merge, the first ones most of all.
+
+# %%
+counts = [len(learn(rhyme, n)[1]) for n in range(0, 61, 5)]
+figure, axis = plt.subplots(figsize=(6, 2))
+axis.plot(range(0, 61, 5), counts, "o-", markersize=4)
+axis.set(xlabel="merges", ylabel="tokens", ylim=(0, None))
+plt.show()
+
+# %% [markdown]
 # A new text is encoded by the same merges in the same order. Nothing is unknown: what never merged stays
 # bytes.
 
@@ -421,6 +431,12 @@ wrong, _ = ours(jnp.asarray(tokens), jnp.asarray(edge))
 print(f"first text, not padded:  {difference(wrong[0], logits[0]):.1e}")
 print(f"second text, padded:     {difference(wrong[1][real[1]], logits[1][real[1]]):.1e}")
 assert difference(wrong[1][real[1]], logits[1][real[1]]) > 0.1
+figure, axis = plt.subplots(figsize=(6, 2))
+for row, name in enumerate(("not padded", "padded")):
+    axis.plot(np.abs(numbers(wrong - logits)[row]).max(-1)[real[row]], label=name)
+axis.set(xlabel="token of the text", ylabel="error of its logits")
+axis.legend(frameon=False)
+plt.show()
 
 # %% [markdown]
 # With sinusoids or rotations a shifted text is at least treated alike throughout. A learned table has never
@@ -451,6 +467,18 @@ assert text == other_text
 everything, _ = ours(jnp.asarray([text[:-1]]), jnp.arange(len(text) - 1)[None])
 report("logits on the way, Flax against PyTorch", stepwise, other_stepwise)
 report("logits on the way, against one full pass", stepwise, everything[0])
+
+# %% [markdown]
+# **Picture.** What the cache of each size takes in 2-byte numbers, per text: every head keeps its own keys.
+
+# %%
+figure, axis = plt.subplots(figsize=(6, 2))
+lengths = np.array([128, 256, 512, 1024])
+for name, c in shared.PRESETS.items():
+    axis.plot(lengths, lengths * 2 * c.num_hidden_layers * c.hidden_size * 2 / 2**20, "o-", label=name)
+axis.set(xlabel="tokens", ylabel="MiB", xticks=lengths)
+axis.legend(frameon=False, fontsize=8)
+plt.show()
 
 # %% [markdown]
 # **Exercise 3.** The cache of `gpt2-xl` for one text of 1024 tokens, in 2-byte numbers: how many MiB?
@@ -495,6 +523,14 @@ for kind in ("weight", "bias"):
         thirds = [named[f"layers.{i}.attn.{n}_proj.{kind}"].T for n in "qkv"]
         file[f"h.{i}.attn.c_attn.{kind}"] = np.concatenate(thirds, axis=-1)
 print(file["h.0.attn.c_attn.weight"].shape, file["h.0.attn.c_attn.bias"].shape)
+figure, axis = plt.subplots(figsize=(7, 1.8))
+axis.bar(
+    range(120),
+    np.linalg.norm(file["h.0.attn.c_attn.weight"], axis=0),
+    color=np.repeat(["C0", "C1", "C2"], 40),
+)
+axis.set(title="the columns of c_attn: queries, keys, values", xlabel="output", ylabel="length")
+plt.show()
 
 
 def read(file, order="qkv"):
