@@ -133,10 +133,9 @@ def place(positions: jax.Array, cache: KVCache, window: int | None = None) -> tu
 
     Padding goes to the scratch slot, and so does whatever a later token of the same call overwrites.
     With a sliding window, UsageError where the call would overwrite keys that its first token still sees.
-    A cache with fewer slots than the window is for whole sequences and never comes round: nothing to refuse.
     """
     T, length = positions.shape[1], cache.positions.shape[1] - 1
-    if window is not None and T > 1 and window <= length < window + T - 1:
+    if window is not None and T > 1 and length < window + T - 1:
         raise UsageError(
             f"a call of {T} tokens would overwrite keys that its window of {window} still sees",
             where="cache",

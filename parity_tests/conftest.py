@@ -8,12 +8,9 @@ import os
 
 import pytest
 
-from twinformers.tpu.environment import spare_the_search
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # each test compiles what it measures
-spare_the_search()
 
 
 def pytest_addoption(parser):

@@ -57,15 +57,3 @@ def test_a_call_longer_than_its_cache_leaves_the_last_positions(framework, jax_d
         kept = {int(p) % 8: int(p) for p in places[-8:]}
         assert noted[row].tolist() == [kept[slot] for slot in range(8)] + [-1]
         assert slots[row].tolist() == [p % 8 if p in kept.values() else 8 for p in places.tolist()]
-
-
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_a_cache_for_whole_sequences_takes_calls_of_any_length(framework, jax_device, torch_device):
-    """Fewer slots than the window has positions: nothing is ever overwritten, so nothing is refused."""
-    positions = np.array([np.arange(40), np.r_[-np.ones(3), np.arange(37)]], np.int32)
-    x = np.random.default_rng(7).standard_normal((2, 40, WIDTH))
-    module = Module(framework, SHAPE, {"jax": jax_device, "torch": torch_device}[framework], window=41)
-    expected, _ = by_hand(SHAPE, draw(SHAPE.table(True)), x, positions, True, 41)
-    for chunk in (5, 40):
-        found, _ = module.cached(x, positions, slices(40, chunk), 40)
-        check(found, expected, positions)

@@ -203,11 +203,12 @@ def test_folders_of_transformers(kind, theirs, tmp_path):
         right = model(torch.tensor(tokens).long()).logits.numpy()
         left, _ = twinformers.load(place, "torch")(torch.tensor(tokens), torch.tensor(positions))
     assert difference(left.numpy(), right, positions) <= 1e-5
-    with open_checkpoint(place) as checkpoint:
-        found = dict(convert(checkpoint, "hf"))
-    for name, x in model.state_dict().items():
-        if name != "lm_head.weight":  # the embedding
-            assert np.array_equal(found[name], x.numpy()), name
+    for source in (place, place / "model.safetensors"):
+        with open_checkpoint(source) as checkpoint:
+            found = dict(convert(checkpoint, "hf"))
+        for name, x in model.state_dict().items():
+            if name != "lm_head.weight":  # the embedding
+                assert np.array_equal(found[name], x.numpy()), name
 
 
 def test_a_stranger_is_not_taken_for_the_base_model(theirs, tmp_path):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 
 import pytest
 
 from twinformers.cli.app import run
-from twinformers.cli.tpu import parse_mesh
 from twinformers.configs import preset
 from twinformers.errors import MissingDependency, UsageError
+from twinformers.sharding.mesh import mesh_sizes
 from twinformers.tpu import environment
 from twinformers.tpu.generations import GENERATIONS, find_slice
 from twinformers.tpu.hlo import read
@@ -174,14 +175,14 @@ def test_a_missing_compiler_is_named(monkeypatch):
 
 
 def test_the_command_line(capsys):
-    assert parse_mesh("data=1, fsdp=64,tensor=2") == {"data": 1, "fsdp": 64, "tensor": 2}
+    assert mesh_sizes("data=1, fsdp=64") == {"data": 1, "fsdp": 64, "tensor": 1}
     command = ["tpu", "preset:llama-tiny", "--topology", "v5e:2x2", "--batch", "4", "--sequence", "128"]
     command += ["--mode", "decode"]
     assert run([*command, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["fits"] and answer["model"] == "llama-tiny" and answer["flops"] > 0
     assert run(command) == 0 and "fits" in capsys.readouterr().out
-    assert run([*command, "--mesh", "fsdp:4"]) == 2 and "bad mesh" in capsys.readouterr().err
+    assert run([*command, "--mesh", "fsdp:4"]) == 2 and "the mesh cannot be read" in capsys.readouterr().err
     large = ["tpu", "preset:llama2-7b", "--topology", "v5e:1x1", "--batch", "64", "--mode", "decode"]
     assert run([*large, "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)
@@ -189,15 +190,25 @@ def test_the_command_line(capsys):
 
 
 @pytest.mark.parametrize("chip", [None, "accel0", "vfio/0", "vfio/vfio"])
-def test_libtpu_is_told_only_where_no_chip_is(chip, tmp_path, monkeypatch):
+@pytest.mark.parametrize("installed", [True, False])
+def test_libtpu_is_told_only_where_it_is_and_no_chip_is(chip, installed, tmp_path, monkeypatch):
     for name in environment.ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "mine")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: installed or None)
     if chip:
         (tmp_path / chip).parent.mkdir(exist_ok=True)
         (tmp_path / chip).touch()
     environment.spare_the_search(tmp_path)
     # /dev/vfio/vfio is there on any machine that can hand devices on.
-    told = {"TPU_SKIP_MDS_QUERY": "1"} if chip in (None, "vfio/vfio") else {}
-    assert {n: os.environ[n] for n in ("TPU_SKIP_MDS_QUERY",) if n in os.environ} == told
+    told = installed and chip in (None, "vfio/vfio")
+    assert os.environ.get("TPU_SKIP_MDS_QUERY") == ("1" if told else None)
     assert os.environ["TPU_WORKER_HOSTNAMES"] == "mine"
+
+
+def test_jax_is_silent_where_no_chip_is():
+    """As a stranger's first program would be: whoever imports the package, not the command line alone."""
+    clean = {n: v for n, v in os.environ.items() if n not in environment.ENVIRONMENT}
+    code = "import twinformers, jax; print(jax.devices()[0].platform)"
+    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.strip()

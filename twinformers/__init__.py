@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from twinformers.tpu.environment import spare_the_search
+
 if TYPE_CHECKING:
     from twinformers.benchmarks.results import BenchResult as BenchResult
     from twinformers.benchmarks.running import bench as bench
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from twinformers.translation import translate as translate
 
 __version__ = "0.1.0"
+
+spare_the_search()  # here, since JAX looks for devices whoever imports it
 
 _HOMES = {
     "Beams": "configs",

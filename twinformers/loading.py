@@ -136,7 +136,6 @@ def _load_jax(checkpoint: Checkpoint, dtype: str, device: Any, attention: str) -
 
 
 def _load_torch(checkpoint: Checkpoint, dtype: str, device: Any, attention: str) -> Any:
-    import numpy as np
     import torch
 
     config = checkpoint.config
@@ -146,14 +145,21 @@ def _load_torch(checkpoint: Checkpoint, dtype: str, device: Any, attention: str)
     _choose("torch", model, attention, device)
     state = {}
     for name, array in convert(checkpoint, "torch", dtype):
-        array = np.require(array, requirements=["C", "W"])
-        if array.dtype.name == "bfloat16":  # torch does not know numpy's bfloat16: pass the bits
-            tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        else:
-            tensor = torch.from_numpy(array)
+        tensor = tensor_of(array)
         state[name] = tensor.to(device) if device is not None else tensor
     model.load_state_dict(state, assign=True, strict=True)
     return model.eval()
+
+
+def tensor_of(array: Any) -> Any:
+    """An array as a tensor, in its own memory where that is whole and may be written."""
+    import numpy as np
+    import torch
+
+    array = np.require(array, requirements=["C", "W"])
+    if array.dtype.name == "bfloat16":  # torch does not know numpy's bfloat16: pass the bits
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def load_config(source: Source) -> Config:

@@ -70,6 +70,7 @@ class TensorFiles(Protocol):
     @property
     def files(self) -> Sequence[Path]: ...
     def read(self, name: str) -> np.ndarray: ...
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray: ...
     def close(self) -> None: ...
 
 
@@ -88,9 +89,7 @@ class Renamed:
         return self._whole.read(self._names[name])
 
     def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        if hasattr(self._whole, "read_part"):
-            return self._whole.read_part(self._names[name], index)
-        return self.read(name)[index]
+        return self._whole.read_part(self._names[name], index)
 
     def close(self) -> None:
         self._whole.close()
@@ -99,7 +98,7 @@ class Renamed:
 def completed(files: TensorFiles, config: Config) -> TensorFiles:
     """The files by the names of the model with its head, where they were saved from the one below it."""
     base = f"{config.hf_base}."
-    if any(name.startswith(base) for name in files.tensors):
+    if not config.hf_base or any(name.startswith(base) for name in files.tensors):
         return files
     table = weight_map(config)
     known = table.tensors("hf").keys() | table.buffers("hf")
@@ -165,7 +164,7 @@ class WeightsFolder(FolderCheckpoint):
                     hint="remove the one that is out of date; transformers would read this file",
                 )
             self._compare_with_index(index, self._listed)
-        if self.side == "hf" and self.config.hf_base:
+        if self.side == "hf":
             self._files = completed(self._files, self.config)
 
     def _compare_with_index(self, path: Path, listed: Mapping[str, str]) -> None:
@@ -188,9 +187,7 @@ class WeightsFolder(FolderCheckpoint):
         return self._files.read(name)
 
     def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        if hasattr(self._files, "read_part"):
-            return self._files.read_part(name, index)
-        return super().read_part(name, index)
+        return self._files.read_part(name, index)
 
     @property
     def files(self) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from twinformers.checkpoints.base import TensorInfo
-from twinformers.checkpoints.folders import KINDS, FolderCheckpoint
+from twinformers.checkpoints.folders import KINDS, FolderCheckpoint, completed
 from twinformers.configs import Config
 from twinformers.errors import SourceError, WeightsError
 from twinformers.weight_maps import weight_map
@@ -44,7 +44,7 @@ class SingleFile(FolderCheckpoint):
             )
         super().__init__(source, path.parent)
         self._path = path
-        self._files = SUFFIXES[path.suffix].open([path], None)
+        self._files = completed(SUFFIXES[path.suffix].open([path], None), self.config)
         self.format = self.side = find_side(self.config, self._files.tensors, str(path))
 
     @property

@@ -83,6 +83,10 @@ class SpanFiles:
         strides = [s * flat.itemsize for s in span.strides]
         return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, span.shape, strides))
 
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor, of which all is read."""
+        return self.read(name)[index]
+
     def row(self, name: str, index: int) -> np.ndarray:
         """One row of a matrix in one piece, without reading the others."""
         span, itemsize = self._spans[name], numpy_dtype(self._spans[name].dtype).itemsize

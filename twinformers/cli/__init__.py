@@ -14,9 +14,7 @@ def main() -> None:
     """Entry point of the console script."""
     from twinformers.allocator import keep_memory
     from twinformers.cli.app import run
-    from twinformers.tpu.environment import spare_the_search
 
-    spare_the_search()
     if sys.argv[1:2] == ["train"]:  # which takes and frees the same memory at every update
         keep_memory()
     code = run()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from twinformers.cli.output import console, print_json, progress
-from twinformers.errors import UsageError
 from twinformers.loading import load_config
+from twinformers.sharding.mesh import mesh_sizes
 from twinformers.tpu.planning import Plan, plan
 from twinformers.tpu.searching import Found, search
 
@@ -24,7 +24,8 @@ def run(source: str, topology: str, *, mesh: str | None, searching: bool, json: 
             found = search(config, topology, **given)
             best, tried = found.best, found
         else:
-            best, tried = plan(config, topology, mesh=parse_mesh(mesh), **given), None
+            sizes = None if mesh is None else mesh_sizes(mesh)
+            best, tried = plan(config, topology, mesh=sizes, **given), None
     if json:
         print_json(tried.to_dict() if tried else best.to_dict())
     else:
@@ -32,21 +33,6 @@ def run(source: str, topology: str, *, mesh: str | None, searching: bool, json: 
             _show_search(tried)
         _show(best)
     return 0 if best.fits else 1
-
-
-def parse_mesh(text: str | None) -> dict[str, int] | None:
-    """Sizes by axis of "data=1,fsdp=64,tensor=1"; UsageError for anything else."""
-    if text is None:
-        return None
-    sizes = {}
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if not size.strip().isdecimal():
-            raise UsageError(
-                "bad mesh", where="mesh", expected="axis=size, as data=1,fsdp=64,tensor=1", found=repr(text)
-            )
-        sizes[axis.strip()] = int(size)
-    return sizes
 
 
 def gib(count: float) -> str:

@@ -6,7 +6,6 @@ import importlib
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -14,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from twinformers.checkpoints import opened
 from twinformers.checkpoints.dtypes import check_dtype
 from twinformers.checkpoints.porting import entries
+from twinformers.loading import tensor_of
 from twinformers.sharding import DATA, FSDP, TENSOR
 from twinformers.sharding.parts import Parts
 from twinformers.sharding.torch_side import cut, gather_once
@@ -58,13 +58,6 @@ def _fill(tensor: torch.Tensor, parts: Parts) -> None:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     if local.numel():
         local.copy_(tensor_of(parts(own_index(tensor))))
-
-
-def tensor_of(array: np.ndarray) -> torch.Tensor:
-    """An array's memory as a tensor. torch does not know numpy's bfloat16: the bits are passed."""
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
 
 
 def own_index(tensor: torch.Tensor) -> tuple[slice, ...]:

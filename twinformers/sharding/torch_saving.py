@@ -37,8 +37,7 @@ def save_sharded(
 
     The folder is Hugging Face's ("hf"), or with `to="torch"` the PyTorch twin's. Every process writes files
     of its own, and has its share, a tensor and a few blocks of 4 MB in memory. `source` is where tokenizer
-    and generation settings come from; the rest as in `port`. The destination appears
-    whole or not at all.
+    and generation settings come from; the rest as in `port`. The destination appears whole or not at all.
     -> the SHA-256 of each file, by its name
 
     An error in one process is raised in all of them: those of `port`, and UsageError for a model without a

@@ -51,14 +51,7 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, device: str | No
     Neighbours along "tensor" tell each other the most: they are next to each other in rank. Raises UsageError
     where the sizes do not fit the processes, and where none have been launched.
     """
-    if not dist.is_initialized() and "WORLD_SIZE" not in os.environ:
-        raise UsageError(
-            "no processes have been launched",
-            where="mesh",
-            expected="a process for each device, which know of each other",
-            found="one process on its own",
-            hint="torchrun --nproc-per-node 8 SCRIPT",
-        )
+    check_launched("SCRIPT")
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
     sizes = (data, fsdp, tensor)
     if min(sizes) < 1 or math.prod(sizes) != world:
@@ -70,6 +63,18 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, device: str | No
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return init_device_mesh(device, sizes, mesh_dim_names=AXES)
+
+
+def check_launched(program: str) -> None:
+    """Raise UsageError where this process was not launched with others."""
+    if not dist.is_initialized() and "WORLD_SIZE" not in os.environ:
+        raise UsageError(
+            "no processes have been launched",
+            where="mesh",
+            expected="a process for each device, which know of each other",
+            found="one process on its own",
+            hint=f"torchrun --nproc-per-node 8 {program}",
+        )
 
 
 def shard(model: Any, mesh: DeviceMesh, *, compute_dtype: str | None = None) -> Any:

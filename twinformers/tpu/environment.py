@@ -1,7 +1,8 @@
-"""What libtpu, the TPU compiler, has to be told on a machine without TPUs, before JAX is imported."""
+"""What libtpu, the TPU compiler, has to be told on a machine without TPUs, before JAX looks for devices."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -11,7 +12,6 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5e-1",  # of the machine that it is not; a topology is named all the same
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
@@ -21,7 +21,8 @@ DEVICES = ("accel[0-9]*", "vfio/[0-9]*")
 
 def spare_the_search(devices: Path = Path("/dev")) -> None:
     """Where libtpu is installed and no chip is, keep JAX from looking for one in vain, and aloud."""
-    if not any(found for pattern in DEVICES for found in devices.glob(pattern)):
+    chips = (chip for pattern in DEVICES for chip in devices.glob(pattern))
+    if importlib.util.find_spec("libtpu") and not any(chips):
         pretend()
 
 

@@ -7,6 +7,7 @@ number, times twice their area).
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,7 @@ def find_slice(name: str) -> Slice:
             found=repr(name),
         )
     pretend()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # of the compiler itself
     try:
         import libtpu  # noqa: F401
     except ImportError:

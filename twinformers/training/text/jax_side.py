@@ -26,10 +26,10 @@ from twinformers.errors import FormatError, UsageError, first_line
 from twinformers.loading import find_device, load
 from twinformers.sharding.jax_side import make_mesh, shard_batch
 from twinformers.sharding.loading import load_sharded
+from twinformers.sharding.mesh import mesh_sizes
 from twinformers.training.jax_step import make_step
 from twinformers.training.state import Arrays, Weights
 from twinformers.training.step import Batch
-from twinformers.training.text.mesh import mesh_sizes
 from twinformers.training.text.processes import Processes, check_alone
 from twinformers.training.text.settings import TextSettings
 from twinformers.weight_maps import weight_map

@@ -74,10 +74,10 @@ def train_text(
     that torchrun launched, for JAX this one with all its devices, or those that it finds (`distributed`). The
     folder lies where all of them see it, and the first one alone tells `on_tokens` and `on_step`.
 
-    With `resume` the folder's run goes on from its last whole
-    checkpoint, bit for bit as if it had not ended; settings may be left out, and those that change no number
-    may change. `on_tokens` is told how many tokens the data has so far, `on_step(step, steps, row)` each
-    update with its line of `metrics.jsonl`. Ctrl-C ends after the update that it meets, with a checkpoint.
+    With `resume` the folder's run goes on from its last whole checkpoint, bit for bit as if it had not ended;
+    settings may be left out, and those that change no number may change. `on_tokens` is told how many tokens
+    the data has so far, `on_step(step, steps, row)` each update with its line of `metrics.jsonl`. Ctrl-C ends
+    after the update that it meets, with a checkpoint.
 
     Raises UsageError for bad settings and a loss that is no number any more, DestinationError for a folder
     that exists or is in use, SourceError, FormatError and IntegrityError for data and checkpoints that are

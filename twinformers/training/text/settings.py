@@ -20,9 +20,9 @@ from twinformers.checkpoints.files import read_json
 from twinformers.configs import config_from_hf
 from twinformers.errors import FormatError, SourceError, TwinformersError, UsageError
 from twinformers.sharding import DATA, FSDP
+from twinformers.sharding.mesh import mesh_sizes, mesh_text
 from twinformers.training.adamw import AdamW
 from twinformers.training.step import StepOptions
-from twinformers.training.text.mesh import mesh_sizes, mesh_text
 
 log = logging.getLogger(__name__)
 

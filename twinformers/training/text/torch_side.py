@@ -21,11 +21,11 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
 from torch_models.layers import at_least_float32
-from twinformers.errors import FormatError, UsageError, first_line
+from twinformers.errors import FormatError, first_line
 from twinformers.loading import find_device, load
+from twinformers.sharding.mesh import mesh_sizes
 from twinformers.training.state import Arrays, Weights
 from twinformers.training.step import Batch
-from twinformers.training.text.mesh import mesh_sizes
 from twinformers.training.text.processes import Processes, check_alone
 from twinformers.training.text.settings import TextSettings
 from twinformers.training.torch_step import make_step
@@ -72,14 +72,8 @@ def connected(settings: TextSettings, distributed: bool) -> Iterator[Processes]:
     if settings.mesh is None:
         yield Processes()
         return
-    if not dist.is_initialized() and "WORLD_SIZE" not in os.environ:
-        raise UsageError(
-            "no processes have been launched",
-            where="mesh",
-            expected="a process for each device, which know of each other",
-            found="one process on its own",
-            hint="torchrun --nproc-per-node 8 --no-python twinformers train text ...",
-        )
+    sharding = importlib.import_module("twinformers.sharding.torch_side")
+    sharding.check_launched("--no-python twinformers train text ...")
     device = find_device("torch", settings.device)
     kind = device.type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     if not dist.is_initialized():
@@ -89,7 +83,6 @@ def connected(settings: TextSettings, distributed: bool) -> Iterator[Processes]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         # Not before: processes that have once parted do not find each other again.
         atexit.register(dist.destroy_process_group)
-    sharding = importlib.import_module("twinformers.sharding.torch_side")
     yield Connected(sharding.make_mesh(**mesh_sizes(settings.mesh), device=kind))
 
 
