@@ -58,6 +58,56 @@ def trained(model, batch, mesh=None):
     return told, state.params
 
 
+def calls(model, method):
+    """A compiled method of a model, with the parameters as its first argument."""
+    graphdef, state = nnx.split(model)
+    return jax.jit(lambda state, *given: getattr(nnx.merge(graphdef, state), method)(*given)), state
+
+
+def translated(config, mesh):
+    """The encoder-decoder: a full pass with its gradients, and cached decoding, on one device and on all."""
+    source = PresetCheckpoint("test", config)
+    one, many = (twinformers.load(source, "jax", "float64", jax.devices()[0]) for _ in range(2))
+    shard(many, mesh)
+    tokens = np.random.default_rng(0).integers(0, config.target_vocab_size, (2, ROWS, LENGTH), np.int32)
+    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (2, ROWS, 1))
+    positions[0, 1] = np.r_[np.arange(LENGTH - 3), [-1] * 3]  # a shorter source
+    positions[1, 2] = np.r_[[-1] * 4, np.arange(LENGTH - 4)]  # a target that begins later
+    given = tokens[0], positions[0], tokens[1], positions[1]
+    real = (positions[1] >= 0)[..., None]
+    found = []
+    for model, place in ((one, lambda tree: tree), (many, lambda tree: shard_batch(tree, mesh))):
+        whole, state = calls(model, "__call__")
+        logits, _ = whole(state, *place(given))
+
+        def cost(state, *given, whole=whole):
+            return ((whole(state, *given)[0] * real) ** 2).sum()
+
+        gradients = jax.jit(jax.grad(cost))(state, *place(given))
+        memory = calls(model, "encode")[0](state, *place(given[:2]))
+        cross = calls(model, "cross_cache")[0](state, memory, place(given[1]))
+        cache = model.empty_cache(ROWS, 32) if model is one else sharded_cache(model, ROWS, 32, mesh)
+        out = []
+        for part in (slice(0, 7), slice(7, 8), slice(8, LENGTH)):
+            piece = place((tokens[1][:, part], positions[1][:, part]))
+            step, cache = calls(model, "decode")[0](state, *piece, cross, cache)
+            out.append(np.asarray(step))
+        found.append((np.asarray(logits) * real, np.concatenate(out, 1) * real, gradients))
+    (left, _, wanted), (right, cached, got) = found
+    scale = max(float(np.abs(g).max()) for g in jax.tree.leaves(wanted))
+    gaps = [
+        float(np.abs(np.asarray(a) - np.asarray(b)).max() / max(np.abs(a).max(), 1e-3 * scale))
+        for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(got), strict=True)
+    ]
+    weights = jax.tree.leaves(nnx.to_pure_dict(nnx.state(many, nnx.Param)))
+    return {
+        "share": share(weights),
+        "forward": far(left, right),
+        "cache": far(left, cached),
+        "gradients": max(gaps),
+    }
+
+
 def names(params):
     """Each array with its dotted name."""
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
@@ -68,6 +118,8 @@ def main(sizes, changes, plant):
     assert len(jax.devices()) == 8
     config = preset(changes.pop("preset", "llama-tiny")).replace(**changes)
     mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    if config.kind != "causal":
+        return translated(config, mesh)
     one, many = (
         twinformers.load(PresetCheckpoint("test", config), "jax", "float64", jax.devices()[0])
         for _ in range(2)

@@ -73,6 +73,14 @@ def test_other_decoders_match_one_device(name):
     assert found["share"] < 0.3 and not found["moved"]
 
 
+def test_an_encoder_decoder_matches_one_device():
+    even = {"d_model": 64, "encoder_attention_heads": 8, "decoder_attention_heads": 8}
+    tables = {"source_vocab_size": 256, "target_vocab_size": 256}
+    found = sharded((2, 2, 2), {"preset": "transformer-tiny", **even, **tables})
+    assert max(found["forward"], found["cache"]) <= LIMIT and found["gradients"] <= 1e-10
+    assert found["share"] < 0.3
+
+
 def test_a_weight_that_differs_is_seen():
     found = sharded((2, 2, 2), EVEN, plant=True)
     assert min(found["forward"], found["cache"]) > 1e-6
