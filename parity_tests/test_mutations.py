@@ -6,6 +6,8 @@ mutations`), and the tests below read what it said.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -119,6 +121,16 @@ def test_report_says_what_was_not_caught_and_not_located():
     assert f"**{count - 1} of {count} caught; {models - 1} of the {models} to be located" in text
     (row,) = (line for line in text.splitlines() if line.startswith(f"| {name}:"))
     assert f"**not** by `{LOGITS}`" in row and "**`embed`** instead of `layers.0.attn`" in row
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_its_place_is_still_there(name):
+    """In seconds what the long run would say only after minutes: a source has changed and the mistake has not."""
+    texts = {}
+    for edit in MUTATIONS[name].edits:  # one after the other, as they are planted
+        before = texts.get(edit.module) or inspect.getsource(importlib.import_module(edit.module))
+        texts[edit.module] = edit.applied(before)
+        assert texts[edit.module] != before
 
 
 def test_names_are_unique_and_there_are_enough():

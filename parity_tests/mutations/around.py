@@ -226,7 +226,7 @@ CONFIGURATIONS = (
         "rope-parameters-ignored",
         "only the old spelling of theta and scaling is read",
         (
-            "twinformers.configs.llama:LlamaConfig.hf_values",
+            "twinformers.configs._rope:read_rope",
             '"rope_scaling" if raw.get("rope_scaling") else "rope_parameters"',
             '"rope_scaling"',
         ),
