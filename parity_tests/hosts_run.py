@@ -15,6 +15,7 @@ from sharded_run import LENGTH, ROWS, far
 
 import twinformers
 from jax_models import functional
+from twinformers.checkpoints.orbax import _orbax
 from twinformers.sharding import saving
 from twinformers.sharding.jax_saving import save_sharded
 from twinformers.sharding.jax_side import make_mesh, shard_batch, sharded_cache
@@ -82,6 +83,7 @@ def saved(model, folder):
 def measure(folder, mesh_sizes):
     """Bytes that loading took at the most, of the weights that lie here, and of both and saving."""
     mesh = make_mesh(**mesh_sizes)
+    _orbax()  # what its code takes, as JAX's, is none of a model's
     jax.block_until_ready(jax.jit(lambda x: x + 1)(np.zeros(8)))
     before = most()
     model = load_sharded(folder, mesh, "float32")

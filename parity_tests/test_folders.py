@@ -630,6 +630,21 @@ def test_lost_data_of_orbax_is_refused(lost, folders, tmp_path):
     assert listing(tmp_path) == before
 
 
+@pytest.mark.parametrize("lost", ["c", "c/0", "zarr.json", "half"])
+def test_a_part_of_lost_data_of_orbax_is_refused(lost, folders, tmp_path):
+    shutil.copytree(folders / "jax", tmp_path / "jax")
+    with open_checkpoint(tmp_path / "jax") as checkpoint:
+        place = tmp_path / "jax" / "params" / "state" / "norm.scale"
+        if lost == "half":
+            (place / "c" / "0").write_bytes((place / "c" / "0").read_bytes()[:-8])
+        else:
+            shutil.rmtree(place / lost) if lost == "c" else (place / lost).unlink()
+        with pytest.raises(FormatError) as caught:
+            checkpoint.read_part("norm.scale", (slice(0, 4),))
+    said = str(caught.value)
+    assert "norm.scale" in said and str(tmp_path) in said
+
+
 def test_orbax_saved_by_its_defaults_is_read(folders, tmp_path):
     """Compressed and in one file, as Orbax itself would save it: still the same numbers."""
     from orbax.checkpoint import v1

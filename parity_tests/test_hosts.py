@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -104,25 +106,48 @@ def test_two_processes_match_one_device(to, tmp_path):
     same_folder(tmp_path / "scanned", tmp_path / "torch", assets=False)
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_loading_takes_the_memory_of_a_share(sizes, tmp_path):
+@pytest.mark.parametrize(
+    ("sizes", "to"),
+    [
+        ({"fsdp": 8}, "hf"),
+        ({"tensor": 8}, "hf"),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, "hf"),
+        ({"fsdp": 8}, "jax"),
+        ({"tensor": 8}, "jax"),
+    ],
+)
+def test_loading_takes_the_memory_of_a_share(sizes, to, tmp_path):
     """Rows, columns and both: what a process has in memory at the most is what it keeps, and a piece."""
-    port(PresetCheckpoint("test", BIG), tmp_path / "model", to="hf")
+    port(PresetCheckpoint("test", BIG), tmp_path / "model", to=to)
     copies = sizes.get("data", 1)
     for found in both(tmp_path / "model", sizes, x64=False):
         # On this mesh the rows of "data" are the processes: each of them has all of the weights.
         assert found["held"] == pytest.approx(found["all"] / (1 if copies > 1 else 2), rel=0.01)
         assert found["all"] > 350e6, "too small to be seen"
         print(sizes, found)
-        assert found["peak"] <= found["held"] + 60e6
+        share = 4 * BIG.vocab_size * BIG.hidden_size / (1 if copies > 1 else 2)  # of the largest tensor
+        assert found["peak"] <= found["held"] + share + 35e6
         assert found["saving"] <= found["held"] + 170e6  # a tensor, the buffers of a file, what JAX compiles
-    same_folder(tmp_path / "saved", tmp_path / "model", assets=False)
+    if to == "hf":
+        same_folder(tmp_path / "saved", tmp_path / "model", assets=False)
 
 
 def test_a_part_of_a_tensor_is_the_part_of_the_whole(tmp_path):
+    """Also of an Orbax folder as Orbax itself saves it: in one database, compressed, in chunks."""
+    from orbax.checkpoint import v1
+
+    from twinformers.checkpoints import convert
+
     config = preset("llama-tiny")
     for to in ("hf", "jax"):
         port(PresetCheckpoint("test", config), tmp_path / to, to=to)
+    shutil.copytree(tmp_path / "jax", tmp_path / "orbax")
+    shutil.rmtree(tmp_path / "orbax" / "params")
+    context = v1.Context()
+    context.array.saving.storage_options.chunk_byte_size = 1000
+    with opened(tmp_path / "jax") as checkpoint, context:
+        v1.save(tmp_path / "orbax" / "params", dict(convert(checkpoint, "jax", "float32")))
+    for to in ("hf", "jax", "orbax"):
         with opened(tmp_path / to) as checkpoint:
             for name, info in checkpoint.tensors.items():
                 whole = np.array(checkpoint.read(name))
@@ -133,6 +158,8 @@ def test_a_part_of_a_tensor_is_the_part_of_the_whole(tmp_path):
                     (*(slice(None) for _ in info.shape[1:]), slice(0, 3)),
                     tuple(slice(2, 2) for _ in info.shape),
                 ]
+                if to == "orbax" and name == "embed.embedding":
+                    assert math.prod(checkpoint._array(name).chunk_layout.read_chunk.shape) < info.size
                 for cut in cuts:
                     assert np.array_equal(checkpoint.read_part(name, cut), whole[cut]), (name, cut)
 

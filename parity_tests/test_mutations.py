@@ -125,7 +125,7 @@ def test_report_says_what_was_not_caught_and_not_located():
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_its_place_is_still_there(name):
-    """In seconds what the long run would say only after minutes: a source has changed and the mistake has not."""
+    """In seconds what the long run says after minutes: a source has changed and the mistake has not."""
     texts = {}
     for edit in MUTATIONS[name].edits:  # one after the other, as they are planted
         before = texts.get(edit.module) or inspect.getsource(importlib.import_module(edit.module))

@@ -1,24 +1,28 @@
 """Our Flax folders: an Orbax checkpoint of a flat dictionary, one array per dotted name.
 
 Tensors are loaded one group at a time with placeholders for the rest, and written one at a time, so that
-memory is needed for a group and not for the model.
+memory is needed for a group and not for the model. Parts of them are read without the rest.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from twinformers.checkpoints.base import TensorInfo
 from twinformers.checkpoints.dtypes import DTYPES, Ledger, numpy_dtype
+from twinformers.checkpoints.files import open_file, read_json
 from twinformers.checkpoints.folders import FolderCheckpoint
 from twinformers.checkpoints.hashed_file import HashedFile
+from twinformers.checkpoints.rows import read_part, read_rows
 from twinformers.errors import FormatError, MissingDependency, first_line
 
 if TYPE_CHECKING:
@@ -134,6 +138,62 @@ class OrbaxFolder(FolderCheckpoint):
             self._held = self._load(group)
         return self._held.pop(name)
 
+    def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor. Of an array in one file without compression, as `port` writes it, besides the
+        part a few rows are in memory; of others, the chunks that the part touches are read."""
+        import numpy as np
+
+        info = self._tensors[name]
+        place = self._path / STATE / name
+        try:
+            with _quiet():
+                array = self._array(name)
+                if array.shape != info.shape or array.dtype.name != info.dtype:
+                    raise ValueError(f"{array.dtype.name} {list(array.shape)} instead of the array described")
+                if _plain(array):
+                    return self._part(place.joinpath("c", *("0" for _ in info.shape)), name, index)
+                return np.array(array[index].read().result())
+        except FormatError:
+            raise
+        except Exception as error:  # TensorStore raises ValueError for whatever goes wrong
+            raise FormatError(
+                "the Orbax checkpoint cannot be read",
+                where=str(self._path),
+                found=first_line(error),
+            ) from None
+
+    def _array(self, name: str) -> Any:
+        """The array in TensorStore; nothing but its description has been read."""
+        import tensorstore
+
+        how, place = read_json(self._path / STATE / "_METADATA", self.folder), f"{self._path / STATE}/"
+        store: dict[str, Any] = {"driver": "file", "path": f"{place}{name}/"}
+        if how.get("use_ocdbt"):  # Orbax's own way: all arrays in one database
+            store = {"driver": "ocdbt", "base": {"driver": "file", "path": place}, "path": f"{name}/"}
+        return tensorstore.open(
+            {
+                "driver": "zarr3" if how.get("use_zarr3") else "zarr",
+                "kvstore": store,
+                # Where zeros are stored like all else, what is missing is lost.
+                "fill_missing_data_reads": not how.get("store_array_data_equal_to_fill_value"),
+            }
+        ).result()
+
+    def _part(self, file: Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of what the only chunk of an array holds."""
+        info, dtype = self._tensors[name], numpy_dtype(self._tensors[name].dtype)
+        with open_file(file, self.folder) as chunk:
+            if (size := os.fstat(chunk.fileno()).st_size) != info.size * dtype.itemsize:
+                raise FormatError(
+                    "the array's file has another size",
+                    where=f"{file}: {name}",
+                    expected=f"{info.size * dtype.itemsize} bytes",
+                    found=f"{size} bytes",
+                    hint="the folder is incomplete; copy or port it again",
+                )
+            rows = partial(read_rows, chunk.fileno(), 0, dtype=dtype, where=f"{file}: {name}")
+            return read_part(info.shape, dtype, index, rows)
+
     def _load(self, names: Sequence[str]) -> dict[str, np.ndarray]:
         import numpy as np
 
@@ -153,6 +213,18 @@ class OrbaxFolder(FolderCheckpoint):
                 found=first_line(error),
             ) from None
         return {n: np.asarray(loaded[n]) for n in names}
+
+
+def _plain(array: Any) -> bool:
+    """Whether an array's bytes lie in a file of their own, row after row, as they are."""
+    spec = array.spec().to_json()
+    described = spec["metadata"]
+    return (
+        spec["kvstore"]["driver"] == "file"
+        and array.chunk_layout.read_chunk.shape == array.shape
+        and described.get("chunk_key_encoding") == {"name": "default"}
+        and described.get("codecs") == [{"name": "bytes", "configuration": {"endian": "little"}}]
+    )
 
 
 def write_orbax(

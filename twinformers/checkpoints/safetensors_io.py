@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -23,7 +24,7 @@ from twinformers.checkpoints.base import TensorInfo
 from twinformers.checkpoints.dtypes import Ledger, numpy_dtype
 from twinformers.checkpoints.files import open_file, uncollected
 from twinformers.checkpoints.hashed_file import HashedFile
-from twinformers.checkpoints.layout import empty
+from twinformers.checkpoints.rows import read_part, read_rows
 from twinformers.errors import FormatError
 
 if TYPE_CHECKING:
@@ -42,8 +43,6 @@ _TYPES |= _INTEGERS
 #: A tensor takes about 110 bytes of a header. No file of a real model has more than some ten thousand.
 MAX_HEADER = 8 << 20
 MAX_RANK = 32
-#: Of a tensor that is cut across its rows, as much is read at a time.
-PART_BYTES = 16 << 20
 #: Files that are kept open at a time; a model may have hundreds.
 MAX_OPEN = 16
 
@@ -136,22 +135,9 @@ class SafetensorsFiles:
 
         Rows that are not asked for are not read; of those that are, the whole is, for they lie together.
         """
-        import numpy as np
-
         self._check_floats(name)
-        shape = self.tensors[name].shape
-        if not shape:
-            return self._rows(name, 0, shape)
-        (first, last, _), rest = index[0].indices(shape[0]), index[1:]
-        if all(s.indices(n) == (0, n, 1) for s, n in zip(rest, shape[1:], strict=True)):
-            return self._rows(name, first, (last - first, *shape[1:]))
-        row = math.prod(shape[1:])
-        few = max(1, PART_BYTES // max(1, row * numpy_dtype(self.tensors[name].dtype).itemsize))
-        pieces = [
-            np.array(self._rows(name, at, (min(few, last - at), *shape[1:]))[:, *rest])
-            for at in range(first, max(last, first + 1), few)
-        ]
-        return np.concatenate(pieces)
+        info = self.tensors[name]
+        return read_part(info.shape, numpy_dtype(info.dtype), index, partial(self._rows, name))
 
     def _check_floats(self, name: str) -> None:
         info = self.tensors[name]
@@ -166,28 +152,9 @@ class SafetensorsFiles:
 
     def _rows(self, name: str, first: int, shape: tuple[int, ...]) -> np.ndarray:
         """As many rows as a shape says, from row `first` on."""
-        import numpy as np
-
         info, stored = self.tensors[name], self._stored[name]
-        out = empty(shape, numpy_dtype(info.dtype))
-        skipped = first * math.prod(shape[1:]) * out.dtype.itemsize
-        left, offset = memoryview(out.reshape(-1).view(np.uint8)), stored.start + skipped  # type: ignore[arg-type]
-        handle = self._open(stored.path).fileno()
-        try:
-            while left:  # one call reads 2 GB at most
-                if not (count := os.preadv(handle, [left], offset)):
-                    raise FormatError(
-                        "the file became shorter while it was read", where=f"{info.file}: {name}"
-                    )
-                left, offset = left[count:], offset + count
-        except OSError as error:
-            raise FormatError(
-                "the tensor cannot be read",
-                where=f"{info.file}: {name}",
-                found=error.strerror or str(error),
-                hint="its disk fails",
-            ) from None
-        return out
+        handle, where = self._open(stored.path).fileno(), f"{info.file}: {name}"
+        return read_rows(handle, stored.start, first, shape, numpy_dtype(info.dtype), where)
 
     def close(self) -> None:
         self._closed = True

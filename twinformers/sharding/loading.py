@@ -24,9 +24,10 @@ def load_sharded(
 ) -> Any:
     """A Flax twin on a mesh, of which every process calls this alike; `load` for models that one cannot hold.
 
-    A tensor is cut where it is read. From safetensors a process reads the rows of its own devices and has one
-    shard in memory at a time, whatever the tensor's layout; what is packed or quantised is read whole, one
-    tensor at a time. `source`, `dtype`, `attention` and `check` as in `load`. Raises its errors, and
+    A tensor is cut where it is read. From safetensors and from a folder that `port --to jax` wrote, a process
+    reads the rows of its own devices and has the shards of one tensor in memory at a time, whatever the
+    tensor's layout; of what else Orbax has written it reads chunks. What is packed or quantised is read
+    whole, one tensor at a time. `source`, `dtype`, `attention` and `check` as in `load`. Raises its errors, and
     UsageError for parameters without a rule.
     """
     check_dtype(dtype)

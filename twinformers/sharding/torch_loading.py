@@ -30,8 +30,9 @@ def load_sharded(
 ) -> Any:
     """`shard(load(source, "torch", dtype), mesh)` without the whole model; every process calls this alike.
 
-    A tensor is cut where it is read: from safetensors a process reads the rows of its own shard; what is
-    packed or quantised is read whole, one tensor at a time. The model is the same to the last bit.
+    A tensor is cut where it is read: from safetensors and Orbax a process reads the rows, or the chunks, of
+    its own shard; what is packed or quantised is read whole, one tensor at a time. The model is the same to
+    the last bit.
     `compute_dtype` is that of `shard`, the rest as in `load`. Raises the errors of both.
     """
     check_dtype(dtype)
