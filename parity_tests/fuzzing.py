@@ -1,8 +1,9 @@
 """Random valid models and inputs through both twins and an implementation of other making, in float64.
 
 A case is a dictionary that JSON can hold; `check(case)` measures it. A disagreement names the command that
-repeats it. The reference is transformers for LLaMA, Marian and FSMT, and plain numpy for the attention
-mechanisms; the paper's own layout, which transformers lacks, has its twins alone, with dropout.
+repeats it. The reference is transformers for LLaMA, Mistral, GPT-2, BERT, Marian and FSMT, and plain numpy
+for the mechanisms of attention; the paper's own layout, which transformers lacks, has its twins alone, with
+dropout.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ import torch_models.random
 import twinformers
 from jax_models import functional
 from twinformers.checkpoints.preset import PresetCheckpoint
-from twinformers.configs import RopeScaling
-from twinformers.configs.llama import LlamaConfig
-from twinformers.configs.mistral import MistralConfig
+from twinformers.configs import RopeScaling, config_class
+from twinformers.configs import bert as bert_config
+from twinformers.configs import gpt2 as gpt2_config
 from twinformers.configs.transformer import ACTIVATIONS, SPELLINGS, TransformerConfig
 from twinformers.parity.kinds import kind
 from twinformers.parity.limits import OUTPUTS
@@ -136,6 +137,58 @@ def mistral(draw: Any) -> Case:
 
 
 @st.composite
+def gpt2(draw: Any) -> Case:
+    N, chunk, pieces = draw(st.integers(1, 4)), draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    config = {
+        "vocab_size": draw(st.integers(3, 40)),
+        "hidden_size": N * draw(st.integers(-(-4 // N), 6)),
+        "intermediate_size": draw(st.integers(1, 20)),
+        "num_hidden_layers": draw(st.integers(1, 2)),
+        "num_attention_heads": N,
+        "max_position_embeddings": 600,
+        "layer_norm_epsilon": draw(log_uniform(1e-8, 1e-1)),
+        "activation_function": draw(st.sampled_from(gpt2_config.ACTIVATIONS)),
+        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.1),
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+    return {
+        "kind": "gpt2",
+        "config": config,
+        "seed": draw(st.integers(0, 999)),
+        "length": chunk * pieces,
+        "rows": draw(layouts(chunk * pieces, draw(st.integers(1, 3)), far=500)),
+        "chunk": draw(st.sampled_from([0, chunk])),
+    }
+
+
+@st.composite
+def bert(draw: Any) -> Case:
+    N, width = draw(st.integers(1, 4)), draw(st.integers(1, 20))
+    config = {
+        "vocab_size": draw(st.integers(3, 40)),
+        "hidden_size": N * draw(st.integers(-(-4 // N), 6)),
+        "intermediate_size": draw(st.integers(1, 20)),
+        "num_hidden_layers": draw(st.integers(1, 2)),
+        "num_attention_heads": N,
+        "max_position_embeddings": 600,
+        "type_vocab_size": draw(st.integers(1, 4)),
+        "hidden_act": draw(st.sampled_from(bert_config.ACTIVATIONS)),
+        "layer_norm_eps": draw(log_uniform(1e-8, 1e-1)),
+        **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.1),
+        "masked_lm_head": draw(st.booleans()),
+        "pooler": draw(st.booleans()),
+    }
+    return {
+        "kind": "bert",
+        "config": config,
+        "seed": draw(st.integers(0, 999)),
+        "length": width,
+        "rows": draw(layouts(width, draw(st.integers(1, 3)), far=500)),
+        "chunk": 0,
+    }
+
+
+@st.composite
 def transformer(draw: Any) -> Case:
     heads = [draw(st.integers(1, 4)) for _ in range(2)]
     unit = math.lcm(2, *heads)
@@ -211,6 +264,8 @@ HEADS: dict[str, Callable[[int, int], tuple[int, int]]] = {
 KINDS: dict[str, Callable[[], st.SearchStrategy[Case]]] = {
     "llama": llama,
     "mistral": mistral,
+    "gpt2": gpt2,
+    "bert": bert,
     "transformer": transformer,
     "attention": attention,
 }
@@ -284,10 +339,8 @@ def parts(case: Case) -> list[slice]:
     return [slice(start, start + step) for start in range(0, case["length"], step)]
 
 
-def run_llama(case: Case) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    scaling = case["config"]["rope_scaling"]
-    cls: Any = {"llama": LlamaConfig, "mistral": MistralConfig}[case["kind"]]
-    config = cls(**case["config"] | {"rope_scaling": scaling and RopeScaling(**scaling)})
+def run_decoder(case: Case) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    config: Any = config_class(case["kind"])(**case["config"] | rope(case))
     checkpoint = Drawn(config, case["seed"])
     positions = places(case["length"], case["rows"])
     tokens = np.random.default_rng(case["seed"]).integers(0, config.vocab_size, positions.shape, np.int32)
@@ -310,6 +363,28 @@ def run_llama(case: Case) -> tuple[dict[str, np.ndarray], np.ndarray]:
         right = pieces(model, model, torch.tensor)
     reference = transformers_logits(checkpoint, (tokens, positions))
     found = {"jax": np.concatenate(left, 1), "torch": np.concatenate(right, 1), "transformers": reference}
+    return found, positions
+
+
+def rope(case: Case) -> Case:
+    """The scaling of the angles as an object, of those configurations that have one."""
+    scaling = case["config"].get("rope_scaling")
+    return {"rope_scaling": RopeScaling(**scaling)} if scaling else {}
+
+
+def run_bert(case: Case) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    config = bert_config.BertConfig(**case["config"])
+    checkpoint, rng = Drawn(config, case["seed"]), np.random.default_rng(case["seed"])
+    positions = places(case["length"], case["rows"])
+    tokens = rng.integers(0, config.vocab_size, positions.shape, np.int32)
+    given = tokens, positions, rng.integers(0, config.type_vocab_size, positions.shape, np.int32)
+    with jax_precision("float64"):
+        apply, params = functional(twinformers.load(checkpoint, "jax", "float64"))
+        left, _ = jax.jit(apply, compiler_options=QUICK)(params, *given)
+        left = np.asarray(left)
+    with torch.inference_mode():
+        right, _ = twinformers.load(checkpoint, "torch", "float64")(*map(torch.tensor, given))
+    found = {"jax": left, "torch": right.numpy(), "transformers": transformers_logits(checkpoint, given)}
     return found, positions
 
 
@@ -380,8 +455,10 @@ def run_attention(case: Case) -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 
 RUN = {
-    "llama": run_llama,
-    "mistral": run_llama,
+    "llama": run_decoder,
+    "mistral": run_decoder,
+    "gpt2": run_decoder,
+    "bert": run_bert,
     "transformer": run_transformer,
     "attention": run_attention,
 }
@@ -419,6 +496,13 @@ def features(case: Case) -> list[str]:
             config["num_attention_heads"] > config["num_key_value_heads"] > 1
         )
         names += [f"{name}, window"] * (config.get("sliding_window") is not None)
+    elif name == "gpt2":
+        names.append(f"gpt2, {config['activation_function']}")
+        names += ["gpt2, tied head"] * config["tie_word_embeddings"]
+    elif name == "bert":
+        names.append(f"bert, {config['hidden_act']}")
+        names += ["bert, masked-language-model head"] * config["masked_lm_head"]
+        names += ["bert, pooler"] * config["pooler"]
     elif case["kind"] == "transformer":
         names.append(f"transformer, spelled {config['model_type']}")
         names += ["transformer, tables shared"] * config["share_embeddings"]

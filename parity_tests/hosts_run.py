@@ -72,6 +72,7 @@ def saved(model, folder):
     saving.BLOCK_BYTES = 10_000  # so that matrices take several
     sums = save_sharded(model, place / "saved", source=folder, shard_size=100_000)
     save_sharded(scan_layers(model), place / "scanned", to="torch", dtype="float32")
+    save_sharded(model, place / "flax", to="jax", source=folder)
     return {
         "sums": sums,
         "exists": refused(save_sharded, model, place / "scanned"),

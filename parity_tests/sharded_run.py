@@ -20,6 +20,8 @@ from twinformers.training.jax_step import make_step
 from twinformers.training.step import random_batch
 
 ROWS, LENGTH = 8, 13
+#: Data, fsdp, tensor, and sequence, which is for rows of even length.
+AXES = ("data", "fsdp", "tensor", "sequence")
 
 
 def far(left, right):
@@ -42,7 +44,7 @@ def decoded(model, tokens, positions, place, empty_cache):
     apply, params = functional(model)
     step = jax.jit(apply)
     cache, out = empty_cache(model, ROWS, 32), []
-    for part in (slice(0, 7), slice(7, 8), slice(8, LENGTH)):
+    for part in (slice(0, 7), slice(7, 8), slice(8, None)):
         logits, cache = step(params, *place((tokens[:, part], positions[:, part])), cache)
         out.append(np.asarray(logits))
     return np.concatenate(out, 1)
@@ -108,6 +110,39 @@ def translated(config, mesh):
     }
 
 
+def encoded(config, mesh):
+    """The encoder: a full pass with the gradients of all its parts, on one device and on all."""
+    source = PresetCheckpoint("test", config)
+    one, many = (twinformers.load(source, "jax", "float64", jax.devices()[0]) for _ in range(2))
+    shard(many, mesh)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.vocab_size, (ROWS, LENGTH), np.int32)
+    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
+    positions[1] = np.r_[[-1] * 4, np.arange(LENGTH - 4)]
+    given = tokens, positions, rng.integers(0, config.type_vocab_size, (ROWS, LENGTH), np.int32)
+    found = []
+    for model, place in ((one, lambda tree: tree), (many, lambda tree: shard_batch(tree, mesh))):
+        graphdef, state = nnx.split(model)
+
+        def cost(state, real, *given, graphdef=graphdef):
+            twin = nnx.merge(graphdef, state)
+            logits, pooled = twin(*given)
+            told = (logits * real, pooled, twin.next_sentence(pooled))
+            return sum((x**2).sum() for x in told), told
+
+        real = (positions >= 0)[..., None].astype(np.float64)
+        run = jax.jit(jax.grad(cost, has_aux=True))
+        found.append(run(state, *place((real, *given))))
+    (wanted, left), (got, right) = found
+    scale = max(float(np.abs(g).max()) for g in jax.tree.leaves(wanted))
+    gaps = [
+        float(np.abs(np.asarray(a) - np.asarray(b)).max() / max(np.abs(a).max(), 1e-3 * scale))
+        for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(got), strict=True)
+    ]
+    weights = jax.tree.leaves(nnx.to_pure_dict(nnx.state(many, nnx.Param)))
+    return {"share": share(weights), "forward": far(left, right), "gradients": max(gaps)}
+
+
 def names(params):
     """Each array with its dotted name."""
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
@@ -117,9 +152,9 @@ def names(params):
 def main(sizes, changes, plant):
     assert len(jax.devices()) == 8
     config = preset(changes.pop("preset", "llama-tiny")).replace(**changes)
-    mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    mesh = make_mesh(**dict(zip(AXES, sizes, strict=False)))
     if config.kind != "causal":
-        return translated(config, mesh)
+        return {"encoder": encoded, "encoder-decoder": translated}[config.kind](config, mesh)
     one, many = (
         twinformers.load(PresetCheckpoint("test", config), "jax", "float64", jax.devices()[0])
         for _ in range(2)
@@ -132,9 +167,10 @@ def main(sizes, changes, plant):
     places = shardings(many, mesh)
 
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, config.vocab_size, (ROWS, LENGTH)).astype(np.int32)
-    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
-    positions[1] = np.r_[[-1] * 4, np.arange(LENGTH - 4)]
+    length = LENGTH + ("sequence" in mesh.shape)
+    tokens = rng.integers(0, config.vocab_size, (ROWS, length)).astype(np.int32)
+    positions = np.tile(np.arange(length, dtype=np.int32), (ROWS, 1))
+    positions[1] = np.r_[[-1] * 4, np.arange(length - 4)]
     real = (positions >= 0)[..., None]
 
     def place(tree):
@@ -144,9 +180,10 @@ def main(sizes, changes, plant):
     cached = decoded(many, tokens, positions, place, partial(sharded_cache, mesh=mesh)) * real
     apply, params = functional(many)
     whole = np.asarray(jax.jit(apply)(params, *place((tokens, positions)))[0]) * real
-    batch = random_batch(config, ROWS, LENGTH)
+    batch = random_batch(config, ROWS, length)
     left, right = trained(one, batch), trained(many, place(batch), mesh)
     return {
+        "tokens": share([place(tokens)]) * tokens.size,
         "share": share(weights),
         "share after": share(jax.tree.leaves(right[1])),
         "moved": [n for n, x in names(right[1]) if not x.sharding.is_equivalent_to(places[n], x.ndim)],

@@ -53,6 +53,10 @@ GPT2 = preset("gpt2-tiny").replace(
 )
 #: Three tables and a head, and biases.
 APART = preset("transformer-tiny").replace(share_embeddings=False, tie_word_embeddings=False)
+#: An encoder: three tables, a head that reads one of them, and a pooler.
+BERT = preset("bert-tiny").replace(
+    vocab_size=256, hidden_size=64, intermediate_size=96, num_attention_heads=8
+)
 #: One that also has a buffer, which is no parameter; one whose folder has tables that are computed.
 MARIAN = preset("transformer-tiny").replace(model_type="marian", activation_function="swish")
 FSMT = APART.replace(model_type="fsmt", pad_token_id=1, eos_token_id=2)
@@ -63,6 +67,8 @@ SAVED = {
     "apart": (APART, "torch", "float64", 1 << 30),
     "marian": (MARIAN, "hf", "float32", 1 << 30),
     "fsmt": (FSMT, "hf", "float32", 1 << 30),
+    "bert": (BERT, "hf", "float32", 1 << 30),
+    "flax": (EVEN, "jax", "float32", 1 << 30),
 }
 PLANTED = "layers.1.mlp.up_proj"
 
@@ -222,6 +228,26 @@ def translated(mesh):
         "translate cached": far([wanted], [real(cached, mine[1])]),
         "translate gradients": worst,
     }
+
+
+def encoded(mesh):
+    """The encoder: a full pass with all its parts, and their gradients."""
+    one, many = both(BERT, mesh)
+    given = (*inputs(BERT), torch.arange(ROWS * LENGTH, dtype=torch.int32).reshape(ROWS, LENGTH) % 4)
+    mine = shard_batch(given, mesh)
+    told = []
+    for model, own_given in ((one, given), (many, mine)):
+        logits, pooled = model(*own_given)
+        told.append((real(logits, own_given[1]), pooled))
+        sum((x**2).sum() for x in told[-1]).backward()
+    expected = shard_batch(tuple(x.detach() for x in told[0]), mesh)
+    scale = max(p.grad.abs().max() for p in one.parameters() if p.grad is not None)
+    worst = max(
+        ((p.grad - whole(q.grad)).abs().max() / torch.maximum(p.grad.abs().max(), 1e-3 * scale)).item()
+        for p, q in zip(one.parameters(), many.parameters(), strict=True)
+        if p.grad is not None
+    )
+    return {"encode": far(expected, [x.detach() for x in told[1]]), "encode gradients": worst}
 
 
 def stored(mesh, folder):
@@ -397,7 +423,7 @@ def measured(mesh, more, folder):
     results["odd update"] = updates(ODD, mesh, chunk=5)["update"]
     results |= {f"gpt2 {k}": v for k, v in compared(GPT2, mesh).items()}
     results["gpt2 update"] = updates(GPT2, mesh)["update"]
-    results |= translated(mesh) | reductions(mesh) | gathered(mesh) | stored(mesh, folder)
+    results |= encoded(mesh) | translated(mesh) | reductions(mesh) | gathered(mesh) | stored(mesh, folder)
     rows = shard_batch(torch.arange(ROWS), mesh)
     block = dist.get_rank() // mesh[TENSOR].size()  # the last axis runs fastest
     results["order"] = float(rows.tolist() != list(range(ROWS))[block * len(rows) :][: len(rows)])

@@ -33,6 +33,18 @@ def test_random_mistrals_match_each_other_and_transformers(case):
 
 
 @BOUNDED
+@given(fuzzing.gpt2())
+def test_random_gpt2s_match_each_other_and_transformers(case):
+    assert len(fuzzing.check(case)) == 3
+
+
+@BOUNDED
+@given(fuzzing.bert())
+def test_random_berts_match_each_other_and_transformers(case):
+    assert len(fuzzing.check(case)) == 3
+
+
+@BOUNDED
 @given(fuzzing.transformer())
 def test_random_transformers_match_each_other_and_transformers(case):
     assert len(fuzzing.check(case)) == (1 if case["config"]["model_type"] == "transformer" else 3)

@@ -98,11 +98,15 @@ def test_two_processes_match_one_device(to, tmp_path):
         assert "DestinationError" in found["full"] and "No space left on device" in found["full"]
         assert "UsageError: to: unknown format" in found["bad"]
     assert first["sums"] == second["sums"] == manifest.check(tmp_path / "saved")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "saved", "scanned"]  # nothing is left
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["flax", "model", "saved", "scanned"]  # of what failed, nothing
     port(tmp_path / "model", tmp_path / "wide", to="hf", dtype="float64")
     port(tmp_path / "model", tmp_path / "torch", to="torch")
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 3
     same_folder(tmp_path / "saved", tmp_path / "wide")
+    manifest.check(tmp_path / "flax")
+    port(tmp_path / "flax", tmp_path / "from flax", to="hf")
+    same_folder(tmp_path / "from flax", tmp_path / "wide")
     same_folder(tmp_path / "scanned", tmp_path / "torch", assets=False)
 
 

@@ -136,6 +136,7 @@ def test_its_place_is_still_there(name):
 def test_names_are_unique_and_there_are_enough():
     from mutations.around import AROUND
     from mutations.models import MODELS
+    from mutations.others import OTHERS
 
-    assert len(MUTATIONS) == len(MODELS + AROUND) >= 25
+    assert len(MUTATIONS) == len(MODELS + OTHERS + AROUND) >= 25
     assert sum(m.located is not None for m in MUTATIONS.values()) >= 25

@@ -20,7 +20,7 @@ from twinformers.training.jax_step import make_step
 from twinformers.training.step import random_batch
 
 LIMIT = 1e-12
-NAMES = ["llama-tiny", "gpt2-tiny", "mistral-tiny", "transformer-tiny"]
+NAMES = ["llama-tiny", "gpt2-tiny", "mistral-tiny", "transformer-tiny", "bert-tiny"]
 
 
 def pair(name, attention="einsum", dtype="float64", **changes):

@@ -18,6 +18,8 @@ from twinformers.weight_maps import weight_map
 LIMIT = 1e-12
 #: Data, fsdp, tensor.
 MESHES = [(1, 8, 1), (1, 1, 8), (2, 2, 2)]
+#: With tokens of a row on two devices, and on four.
+SHARED = [(1, 2, 2, 2), (1, 2, 1, 4)]
 
 #: Everything divides by eight, so that every rule cuts.
 EVEN = {
@@ -59,6 +61,16 @@ def test_sharded_matches_one_device(sizes):
     assert found["share after"] == found["share"] and not found["moved"]  # an update moves nothing
 
 
+@pytest.mark.parametrize("sizes", SHARED, ids=lambda s: "x".join(map(str, s)))
+def test_tokens_of_a_row_on_several_devices_match_one(sizes):
+    """Rows of 14 tokens are cut in two and stay whole for four; weights and moments are cut for all."""
+    found = sharded(sizes, EVEN)
+    assert max(found["forward"], found["cache"]) <= LIMIT and found["update"] <= 1e-10
+    assert found["share"] == pytest.approx(1 / 8, rel=0.05)
+    assert found["share after"] == found["share"] and not found["moved"]
+    assert found["tokens"] == {2: 8 * 14 / 2 / 2, 4: 8 * 14 / 2}[sizes[3]]
+
+
 def test_sizes_that_do_not_divide_stay_whole():
     found = sharded((2, 2, 2), {"tie_word_embeddings": True})
     assert max(found["forward"], found["cache"]) <= LIMIT and found["update"] <= 1e-10
@@ -81,13 +93,21 @@ def test_an_encoder_decoder_matches_one_device():
     assert found["share"] < 0.3
 
 
+def test_an_encoder_matches_one_device():
+    even = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8}
+    found = sharded((2, 2, 2), {"preset": "bert-tiny", **even})
+    assert found["forward"] <= LIMIT and found["gradients"] <= 1e-10
+    assert found["share"] < 0.3
+
+
 def test_a_weight_that_differs_is_seen():
     found = sharded((2, 2, 2), EVEN, plant=True)
     assert min(found["forward"], found["cache"]) > 1e-6
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-tiny", "gpt2-xl", "mistral-tiny", "transformer-tiny", "llama3.2-1b", "llama2-70b"]
+    "name",
+    ["llama-tiny", "gpt2-xl", "mistral-tiny", "transformer-tiny", "bert-tiny", "llama3.2-1b", "llama2-70b"],
 )
 def test_every_parameter_has_a_rule(name):
     leaves = weight_map(preset(name)).leaves("jax")

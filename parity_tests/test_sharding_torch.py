@@ -23,11 +23,12 @@ MORE = (1, 2, 2)
 
 LIMITS = {
     **dict.fromkeys(("forward", "cache", "odd forward", "odd cache", "gpt2 forward", "gpt2 cache"), 1e-12),
-    **dict.fromkeys(("translate", "translate cached"), 1e-12),
+    **dict.fromkeys(("translate", "translate cached", "encode"), 1e-12),
     "order": 0,
     "whole blocks": 1,
     "loaded": 0,
-    **dict.fromkeys(("update", "pieces", "odd update", "gpt2 update", "translate gradients"), 1e-10),
+    **dict.fromkeys(("update", "pieces", "odd update", "gpt2 update"), 1e-10),
+    **dict.fromkeys(("translate gradients", "encode gradients"), 1e-10),
 }
 #: Sums in another order: float32 in a few units of its last place, bfloat16 within half of one for a loss.
 NARROW = {"float32 forward": 1e-5, "float32 cache": 1e-5, "float32 update": 1e-4, "mixed": 2**-8}
@@ -63,6 +64,16 @@ def run(count, folder):
     return dict(zip(MESHES[count], json.loads((folder / "results.json").read_text()), strict=True))
 
 
+def plain(folder):
+    """The folder, or what becomes of an Orbax folder that is ported."""
+    if folder.name != "flax":
+        return folder
+    other = folder.parent.parent / f"{folder.parent.name} {folder.name} ported"
+    if not other.exists():
+        port(folder, other, to="hf")
+    return other
+
+
 @pytest.mark.parametrize("count", MESHES)
 def test_on_a_mesh_matches_on_its_own(count, tmp_path):
     if count == 2:
@@ -76,7 +87,7 @@ def test_on_a_mesh_matches_on_its_own(count, tmp_path):
         assert sorted(p.name for p in folder.iterdir()) == sorted(SAVED)  # nothing is left of what failed
         for name in SAVED:
             manifest.check(folder / name)
-            same_folder(folder / name, tmp_path / name)
+            same_folder(plain(folder / name), plain(tmp_path / name))
         if count == 2:
             assert 190e6 < found["held"] < 230e6 and found["peak"] <= found["held"] + 60e6
             assert found["saving"] <= found["held"] + 140e6  # a tensor, and the buffers of a file

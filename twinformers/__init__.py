@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from twinformers.checkpoints import port as port
     from twinformers.configs import Beams as Beams
     from twinformers.configs import Sampling as Sampling
+    from twinformers.embedding import Embeddings as Embeddings
+    from twinformers.embedding import embed as embed
     from twinformers.generation import GenerateResult as GenerateResult
     from twinformers.generation import generate as generate
     from twinformers.loading import load as load
@@ -42,6 +44,7 @@ _HOMES = {
     "Beams": "configs",
     "BenchResult": "benchmarks.results",
     "DivergeReport": "parity.diverge",
+    "Embeddings": "embedding",
     "GenerateResult": "generation",
     "PortResult": "checkpoints",
     "Sampling": "configs",
@@ -49,6 +52,7 @@ _HOMES = {
     "bench": "benchmarks.running",
     "CompareResult": "parity.compare",
     "compare": "parity.compare",
+    "embed": "embedding",
     "generate": "generation",
     "load": "loading",
     "load_config": "loading",

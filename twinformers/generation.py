@@ -96,6 +96,14 @@ def generate(
     if lookup:
         check_guesses(lookup)
     with opened(source) as checkpoint:
+        if checkpoint.config.kind != "causal":
+            raise UsageError(
+                "this model continues no text",
+                where=checkpoint.source,
+                expected="a causal language model",
+                found=checkpoint.config.architecture,
+                hint="use `twinformers translate`, or `twinformers embed` for an encoder",
+            )
         tokenizer = load_tokenizer(checkpoint)
         prompt_ids = encode_prompt(tokenizer, prompt, chat)
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling or Sampling()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,4 +74,5 @@ PAIRS: dict[str, Callable[[], Any]] = {
     "transformer-gelu": _gelu,
     "marian-hf": _marian,
     "attention": _attention,
+    **{name: partial(_presets, f"{name}-tiny") for name in ("gpt2", "mistral", "bert")},
 }

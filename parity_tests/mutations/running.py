@@ -17,9 +17,10 @@ from mutations.around import AROUND
 from mutations.locating import PAIRS
 from mutations.models import MODELS
 from mutations.mutation import Mutation
+from mutations.others import OTHERS
 from mutations.planting import planted
 
-MUTATIONS: dict[str, Mutation] = {mutation.name: mutation for mutation in MODELS + AROUND}
+MUTATIONS: dict[str, Mutation] = {mutation.name: mutation for mutation in MODELS + OTHERS + AROUND}
 TESTS = Path(__file__).parent.parent
 #: What a test raises that noticed something; anything else would be a mistake in the mistake.
 NOTICED = ("AssertionError", "Failed", "ConfigError", "WeightsError", "UsageError")

@@ -96,13 +96,22 @@ class Renamed:
 
 
 def completed(files: TensorFiles, config: Config) -> TensorFiles:
-    """The files by the names of the model with its head, where they were saved from the one below it."""
+    """The files by the names of the model with its head, as transformers has them today.
+
+    Those that were saved from the model below the head lack the name that it has there.
+    """
+    names: dict[str, str] = {}
+    for stored, info in files.tensors.items():
+        if (twin := names.setdefault(config.hf_name(stored), stored)) != stored:
+            raise FormatError(
+                "a tensor occurs under two names", where=f"{info.file}: {stored}", found=f"also as {twin}"
+            )
     base = f"{config.hf_base}."
-    if not config.hf_base or any(name.startswith(base) for name in files.tensors):
-        return files
-    table = weight_map(config)
-    known = table.tensors("hf").keys() | table.buffers("hf")
-    return Renamed(files, {base + n if base + n in known else n: n for n in files.tensors})
+    if config.hf_base and not any(name.startswith(base) for name in names):
+        table = weight_map(config)
+        known = table.tensors("hf").keys() | table.buffers("hf")
+        names = {base + n if base + n in known else n: stored for n, stored in names.items()}
+    return files if all(name == stored for name, stored in names.items()) else Renamed(files, names)
 
 
 @dataclass(frozen=True)
@@ -164,6 +173,7 @@ class WeightsFolder(FolderCheckpoint):
                     hint="remove the one that is out of date; transformers would read this file",
                 )
             self._compare_with_index(index, self._listed)
+        self.config = self.config.fitted(self._files.tensors.keys())
         if self.side == "hf":
             self._files = completed(self._files, self.config)
 

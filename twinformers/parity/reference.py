@@ -67,7 +67,7 @@ def reference_model(checkpoint: Checkpoint, dtype: str) -> Any:
     config, table = checkpoint.config, weight_map(checkpoint.config)
     type_ = getattr(torch, dtype)
     theirs = transformers.AutoConfig.for_model(**config.to_hf(), attn_implementation="eager", dtype=type_)
-    model = getattr(transformers, str(config.hf_class))(theirs).to(type_).eval()
+    model = getattr(transformers, str(config.hf_class))(theirs, **config.hf_options).to(type_).eval()
     state = {}
     for name, array in convert(checkpoint, "hf", "float64" if dtype == "float64" else "float32"):
         state[name] = torch.from_numpy(np.require(array, requirements=["C", "W"])).to(type_)

@@ -19,7 +19,7 @@ import numpy as np
 
 from twinformers.checkpoints import Checkpoint
 from twinformers.loading import load
-from twinformers.parity.kinds import Inputs
+from twinformers.parity.kinds import Inputs, kind
 
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 SEEDS = 3
@@ -61,7 +61,7 @@ class Rounding:
     @cached_property
     def real(self) -> np.ndarray:
         """[B, T] which logits are compared."""
-        return self.inputs[-1] >= 0
+        return kind(self.checkpoint.config).positions(self.inputs) >= 0
 
     def true_logits(self, inputs: Inputs) -> np.ndarray:
         """The float64 logits [B, T, V] of any inputs."""

@@ -125,6 +125,9 @@ class TorchRun:
             loss = loss_torch(logits, put(targets), put(weights).to(logits.dtype))
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward()
+        for p in self._trained.values():
+            if p.grad is None:  # the loss does not look at it: PyTorch would not even let it decay
+                p.grad = torch.zeros_like(p)
         self._clip()
         for group in self._optimizer.param_groups:
             group["lr"] = rate

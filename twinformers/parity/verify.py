@@ -31,6 +31,8 @@ from twinformers.weight_maps import weight_map
 #: What `verify` checks unless told otherwise, and what it checks besides when asked.
 CHECKS = ("logits", "activations", "cache", "generation", "reference", "rounding")
 FURTHER_CHECKS = ("gradients", "training", "training-run")
+#: Of what only models that generate have; of others these are not made.
+OF_GENERATION = ("cache", "generation")
 
 
 def verify(
@@ -50,11 +52,13 @@ def verify(
     `against` is where the weights come from, if `source` was made of it: transformers gets its weights and
     not those of the source, so that what was lost or laid out wrongly on the way is found. `attention` is how
     the twins compute it: "einsum" or "fused", as in `load`. `steps` is the number of updates of `training`
-    (each from the same state) and `training-run`.
+    (each from the same state) and `training-run`. Where a model generates nothing, cache and generation are
+    not checked.
 
-    Raises UsageError for an unknown check, dtype or device, for an `against` that is another architecture or
-    that no check looks at, MissingDependency where a framework or (for
-    `reference`) transformers is not installed, and the errors of the source.
+    Raises UsageError for an unknown check, dtype or device, where all checks are of generation and the model
+    generates nothing, for an `against` that is another architecture or that no check looks at,
+    MissingDependency where a framework or (for `reference`) transformers is not installed, and the errors of
+    the source.
     """
     for name in checks:
         if name not in CHECKS + FURTHER_CHECKS:
@@ -70,8 +74,18 @@ def verify(
         original = checkpoint if against is None else stack.enter_context(opened(against))
         if against is not None:
             _check_comparable(checkpoint, original, checks)
-        inputs = kind(checkpoint.config).inputs(checkpoint.config)
+        calls = kind(checkpoint.config)
+        inputs = calls.inputs(checkpoint.config)
         results: list[CheckResult] = []
+        if not calls.generates:
+            checks, left = [c for c in checks if c not in OF_GENERATION], set(checks) & set(OF_GENERATION)
+            if left and not checks:
+                raise UsageError(
+                    "this model generates nothing",
+                    where="check",
+                    expected=", ".join(c for c in CHECKS + FURTHER_CHECKS if c not in OF_GENERATION),
+                    found=", ".join(sorted(left)),
+                )
         for dtype in sorted(dict.fromkeys(dtypes), key=lambda d: d != "float64"):
             if set(checks) & set(CHECKS):
                 results += _forward(

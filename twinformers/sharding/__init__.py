@@ -3,7 +3,9 @@
 The axes of a mesh: "data" holds a copy of the model in each of its parts and shares out the batch; "fsdp"
 shares out the batch too, and keeps a part of each weight where all of it is not needed (Rajbhandari et al.
 2020, arXiv:1910.02054); "tensor" computes with a part of each weight (Shoeybi et al. 2019, arXiv:1909.08053):
-the columns of the matrices that lead into attention and MLP, the rows of those that lead out of them.
+the columns of the matrices that lead into attention and MLP, the rows of those that lead out of them. A mesh
+of JAX's may have a fourth, "sequence": it shares out the tokens of each row, where rows are fewer than
+devices.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ import re
 from twinformers.errors import UsageError
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+SEQUENCE = "sequence"
 #: What shares out a batch.
 BATCH = (DATA, FSDP)
 #: By the end of a Flax name; a kernel is [in, out]. Vectors lie whole on each device: they are small.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"(source_|position_)?embed\.embedding", (TENSOR, FSDP)),
+    (r"(source_|position_|segment_)?embed\.embedding", (TENSOR, FSDP)),
     (r"(q|k|v|gate|up)_proj\.kernel|fc1\.kernel|lm_head\.kernel", (FSDP, TENSOR)),
     (r"(o|down)_proj\.kernel|fc2\.kernel", (TENSOR, FSDP)),
+    (r"(pooler|next_sentence|transform)\.kernel", (FSDP, None)),  # small, and read whole by what follows
     (r"\w+\.(scale|bias)", (None,)),
 )
 

@@ -16,32 +16,54 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from twinformers.errors import UsageError
-from twinformers.sharding import AXES, BATCH, TENSOR, axes
+from twinformers.sharding import BATCH, DATA, FSDP, SEQUENCE, TENSOR, axes
 from twinformers.sharding.scanned import STACKED
 
 
 def make_mesh(
-    *, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    *,
+    data: int = 1,
+    fsdp: int = 1,
+    sequence: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """A mesh of so many devices along each axis; default all of JAX's. Raises UsageError for another number.
 
-    Neighbours along "tensor" tell each other the most: they are next to each other in the list.
+    Neighbours along "tensor" tell each other the most: they are next to each other in the list. There is an
+    axis "sequence" only where it shares out something.
     """
-    sizes, devices = (data, fsdp, tensor), jax.devices() if devices is None else list(devices)
-    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+    sizes = mesh_axes(data=data, fsdp=fsdp, sequence=sequence, tensor=tensor)
+    devices = jax.devices() if devices is None else list(devices)
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
         raise UsageError(
             "the mesh does not fit the devices",
             where="mesh",
             expected=f"positive sizes whose product is {len(devices)}",
-            found=" x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True)),
+            found=" x ".join(f"{name} {size}" for name, size in sizes.items()),
         )
-    return Mesh(np.asarray(devices, dtype=object).reshape(sizes), AXES)
+    return Mesh(np.asarray(devices, dtype=object).reshape(tuple(sizes.values())), tuple(sizes))
+
+
+def mesh_axes(*, data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 1) -> dict[str, int]:
+    """The axes that a mesh of these sizes has, the one whose parts are farthest from each other first."""
+    between = {SEQUENCE: sequence} if sequence != 1 else {}
+    return {DATA: data, FSDP: fsdp, **between, TENSOR: tensor}
 
 
 def sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Where a parameter goes, by its dotted name. A stack of layers is not cut between them."""
+    """Where a parameter goes, by its dotted name. A stack of layers is not cut between them.
+
+    What shares out a row's tokens keeps parts of the weights as well, cut further than by "fsdp" alone.
+    """
     layers = (None,) if STACKED in name.split(".") else ()
-    return NamedSharding(mesh, PartitionSpec(*layers, *axes(name, shape[len(layers) :], dict(mesh.shape))))
+    shape = shape[len(layers) :]
+    cut: list[Any] = list(axes(name, shape, dict(mesh.shape)))
+    if SEQUENCE in mesh.shape and FSDP in cut:
+        place = cut.index(FSDP)
+        if shape[place] % (mesh.shape[FSDP] * mesh.shape[SEQUENCE]) == 0:
+            cut[place] = (FSDP, SEQUENCE)
+    return NamedSharding(mesh, PartitionSpec(*layers, *cut))
 
 
 def tree_shardings(params: Any, mesh: Mesh) -> Any:
@@ -78,8 +100,9 @@ def _parameters(model: nnx.Module) -> dict[str, tuple[Any, Any]]:
 def shard_batch(tree: Any, mesh: Mesh) -> Any:
     """Place arrays whose first axis is the batch, as tokens and positions, row by row over the mesh.
 
-    With several processes each gives the whole batch in numpy, and keeps its own rows. Raises UsageError
-    where the rows cannot be shared out evenly.
+    Where the mesh has an axis "sequence", it cuts the second axis, if that divides. With several processes
+    each gives the whole batch in numpy, and keeps its own part. Raises UsageError where the rows cannot be
+    shared out evenly.
     """
     parts = math.prod(mesh.shape[name] for name in BATCH)
     for x in jax.tree.leaves(tree):
@@ -90,8 +113,14 @@ def shard_batch(tree: Any, mesh: Mesh) -> Any:
                 expected=f"a multiple of {parts} rows ({' x '.join(BATCH)})",
                 found=str(np.shape(x)[0]),
             )
-    rows = NamedSharding(mesh, PartitionSpec(BATCH))
-    return jax.tree.map(lambda x: _placed(x, rows), tree)
+    return jax.tree.map(lambda x: _placed(x, token_sharding(np.shape(x), mesh)), tree)
+
+
+def token_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where an array goes whose axes are the batch and, if there are two, the tokens of a row."""
+    parts = mesh.shape.get(SEQUENCE, 1)
+    cut = [SEQUENCE] if parts > 1 and len(shape) > 1 and shape[1] % parts == 0 else []
+    return NamedSharding(mesh, PartitionSpec(BATCH, *cut))
 
 
 def _placed(x: Any, at: NamedSharding) -> jax.Array:

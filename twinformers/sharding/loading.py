@@ -27,8 +27,8 @@ def load_sharded(
     A tensor is cut where it is read. From safetensors and from a folder that `port --to jax` wrote, a process
     reads the rows of its own devices and has the shards of one tensor in memory at a time, whatever the
     tensor's layout; of what else Orbax has written it reads chunks. What is packed or quantised is read
-    whole, one tensor at a time. `source`, `dtype`, `attention` and `check` as in `load`. Raises its errors, and
-    UsageError for parameters without a rule.
+    whole, one tensor at a time. `source`, `dtype`, `attention` and `check` as in `load`. Raises its errors,
+    and UsageError for parameters without a rule.
     """
     check_dtype(dtype)
     if dtype == "float64" and not jax.config.read("jax_enable_x64"):

@@ -21,6 +21,7 @@ from twinformers.checkpoints import manifest
 from twinformers.checkpoints.atomic import new_folder, sync
 from twinformers.checkpoints.base import Checkpoint, TensorInfo
 from twinformers.checkpoints.dtypes import Ledger, check_dtype, numpy_dtype
+from twinformers.checkpoints.orbax import write_array, write_outline
 from twinformers.checkpoints.porting import Job, entries, write_company, written
 from twinformers.checkpoints.safetensors_io import (
     Entry,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 #: So much of a tensor is put together at a time, or a single row.
 BLOCK_BYTES = 4 << 20
-FORMATS = ("hf", "torch")
+FORMATS = ("hf", "torch", "jax")
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def save(
 ) -> dict[str, str]:
     """What `save_sharded` of both frameworks does once it knows what each process holds."""
     if to not in FORMATS:
-        raise UsageError("unknown format", where="to", expected=" or ".join(FORMATS), found=repr(to))
+        raise UsageError("unknown format", where="to", expected=", ".join(FORMATS), found=repr(to))
     check_dtype(dtype, keep=True)
     if shard_size <= 0:
         raise UsageError("bad value", where="shard_size", expected="a positive number", found=str(shard_size))
@@ -199,7 +200,8 @@ def save(
     plan += written(shards, to, plan[0].dtype)
     hands = deal(plan, group.count)
     files = [file for hand in hands if hand for file in in_files(hand, shard_size)]
-    named = dict(zip(file_names(len(files)), files, strict=True))
+    # Orbax has a file for each array.
+    named = {} if to == "jax" else dict(zip(file_names(len(files)), files, strict=True))
     dest, first = Path(os.path.expanduser(destination)), group.index == 0
 
     with contextlib.ExitStack() as place:
@@ -213,7 +215,7 @@ def save(
                     shards.given, apart = dict(given.assets), given.files
             path = place.enter_context(new_folder(dest, overwrite=overwrite, sources=apart))
             write_company(Job(path, shards, to, plan, shard_size, Ledger(), lambda entry: None))
-            write_index(path, named)
+            write_index(path, named) if named else write_outline(path, plan)
             return str(path)
 
         path = Path(group.together(begin)[0])
@@ -248,8 +250,15 @@ def _write(
     path: Path, dest: Path, named: Mapping[str, Sequence[Entry]], own: Sequence[Entry], rounds: Rounds
 ) -> dict[str, str]:
     """Write this process's files to `path`, which will be `dest`. -> their sums by name"""
-    mine, sums, ledger = {entry.name for entry in own}, {}, Ledger()
+    mine, ledger = {entry.name for entry in own}, Ledger()
+    sums: dict[str, str] = {}
     try:
+        if not named:
+            for entry in rounds.entries(own):
+                found = write_array(path, entry, ledger)
+                sums |= found
+                for name in found:
+                    sync(path / name)
         for name, file in named.items():
             if file[0].name in mine:
                 sums[name] = write_safetensors(path / name, rounds.entries(file), {"format": "pt"}, ledger)

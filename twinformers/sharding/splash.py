@@ -8,6 +8,7 @@ the order of their positions, padding at the end of a row or, without a cache, a
 from __future__ import annotations
 
 import contextlib
+import math
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jax_models import layers
 from jax_models.fused import set_attention
-from twinformers.sharding import BATCH, TENSOR
+from twinformers.sharding import BATCH, SEQUENCE, TENSOR
 
 #: Queries and keys of one block; what divides the sequence, the larger the better.
 SIZES = (1024, 512, 256, 128)
@@ -73,6 +74,8 @@ def attend(
 ) -> jax.Array:
     """`splash` where it can, on each device of a mesh its rows and heads; else `layers.attend`.
 
+    What shares out a row's tokens shares out its heads here, so that each device sees whole rows: between the
+    two, all devices of that axis tell each other (Jacobs et al. 2023, arXiv:2309.14509).
     The einsum takes what the kernel does not have: dropout, float64, and calls of another length than a
     multiple of 128, such as the steps of decoding.
     """
@@ -83,7 +86,8 @@ def attend(
     if mesh is None:
         return local(q, k, v, mask)
     rows = BATCH if B % (mesh.shape[BATCH[0]] * mesh.shape[BATCH[1]]) == 0 else None
-    heads = TENSOR if K % mesh.shape[TENSOR] == 0 else None
+    axes = (TENSOR, SEQUENCE) if SEQUENCE in mesh.shape else (TENSOR,)
+    heads = axes if K % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
     wide = PartitionSpec(rows, None, heads)
     # The compiler cannot cut a kernel of our own: each device is told its part.
     return jax.shard_map(

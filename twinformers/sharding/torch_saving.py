@@ -35,9 +35,10 @@ def save_sharded(
 ) -> dict[str, str]:
     """Save a PyTorch twin from where its parts lie; every process calls this alike, and sees the destination.
 
-    The folder is Hugging Face's ("hf"), or with `to="torch"` the PyTorch twin's. Every process writes files
-    of its own, and has its share, a tensor and a few blocks of 4 MB in memory. `source` is where tokenizer
-    and generation settings come from; the rest as in `port`. The destination appears whole or not at all.
+    The folder is Hugging Face's ("hf"), or with `to="torch"` or `to="jax"` a twin's own. Every process
+    writes files of its own, and has its share, a tensor and a few blocks of 4 MB in memory. `source` is where
+    tokenizer and generation settings come from; the rest as in `port`. The destination appears whole or
+    not at all.
     -> the SHA-256 of each file, by its name
 
     An error in one process is raised in all of them: those of `port`, and UsageError for a model without a

@@ -41,16 +41,27 @@ from twinformers.sharding import AXES, BATCH, DATA, FSDP, TENSOR, axes
 from twinformers.weight_maps import weight_map
 
 #: What training and generation call of a model besides itself: there, too, its weights must be whole.
-CALLS = ("hidden", "head", "encode", "cross_cache", "decode", "decode_hidden")
+CALLS = ("hidden", "head", "encode", "cross_cache", "decode", "decode_hidden", "mean", "first")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, device: str | None = None) -> DeviceMesh:
+def make_mesh(
+    *, data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, device: str | None = None
+) -> DeviceMesh:
     """A mesh of so many processes along each axis, on "cuda" or "cpu" (default: what there is).
 
     Neighbours along "tensor" tell each other the most: they are next to each other in rank. Raises UsageError
-    where the sizes do not fit the processes, and where none have been launched.
+    where the sizes do not fit the processes, where none have been launched, and for a "sequence": the PyTorch
+    side shares out no row's tokens.
     """
+    if sequence != 1:
+        raise UsageError(
+            "PyTorch's twins share out rows and weights, not the tokens of a row",
+            where="mesh",
+            expected="sequence=1",
+            found=f"sequence={sequence}",
+            hint="use the Flax twin, or more of tensor",
+        )
     check_launched("SCRIPT")
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
     sizes = (data, fsdp, tensor)
@@ -112,11 +123,12 @@ def cut(model: Any, mesh: DeviceMesh, compute_dtype: str | None) -> None:
         )
     _cut(model, mesh)
     _split(model, mesh, compute_dtype)
-    heads = model.empty_cache(1, 1).k.shape[2]
-    parts = mesh.size(AXES.index(TENSOR))
-    dtype = getattr(torch, compute_dtype) if compute_dtype else None
-    own = heads if heads % parts else heads // parts
-    model.empty_cache = partial(_empty_cache, model.empty_cache, own, dtype)
+    if hasattr(model, "empty_cache"):
+        heads = model.empty_cache(1, 1).k.shape[2]
+        parts = mesh.size(AXES.index(TENSOR))
+        dtype = getattr(torch, compute_dtype) if compute_dtype else None
+        own = heads if heads % parts else heads // parts
+        model.empty_cache = partial(_empty_cache, model.empty_cache, own, dtype)
     model.mesh = mesh
 
 
@@ -212,7 +224,7 @@ def _split(model: Any, mesh: DeviceMesh, compute_dtype: str | None) -> None:
             share(block)
     share(model)
     for name in CALLS:
-        if hasattr(model, name):
+        if hasattr(type(model), name):  # a method, and no module of that name
             register_fsdp_forward_method(model, name)
     for module in model.modules():
         if isinstance(module, FSDPModule):

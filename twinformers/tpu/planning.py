@@ -13,7 +13,7 @@ from typing import Any
 
 from twinformers.configs import Config
 from twinformers.errors import UsageError
-from twinformers.sharding import AXES
+from twinformers.sharding import AXES, SEQUENCE
 from twinformers.tpu.generations import Slice, find_slice
 from twinformers.weight_maps import weight_map
 
@@ -218,8 +218,9 @@ def default_mesh(config: Any, mode: str, batch: int, devices: int) -> dict[str, 
 
 def device_mesh(found: Slice, sizes: dict[str, int]) -> Any:
     """The slice's devices along the axes, neighbours in the machine where they talk the most."""
-    if unknown := sorted(set(sizes) - set(AXES)):
-        raise UsageError("unknown axis", where="mesh", expected=", ".join(AXES), found=", ".join(unknown))
+    if unknown := sorted(set(sizes) - {*AXES, SEQUENCE}):
+        expected = ", ".join((*AXES, SEQUENCE))
+        raise UsageError("unknown axis", where="mesh", expected=expected, found=", ".join(unknown))
     if math.prod(sizes.values()) != found.devices or min(sizes.values()) < 1:
         raise UsageError(
             "the mesh does not fit the slice",
@@ -229,7 +230,10 @@ def device_mesh(found: Slice, sizes: dict[str, int]) -> Any:
         )
     from jax.experimental import topologies
 
-    return topologies.make_mesh(found.description, tuple(sizes[axis] for axis in AXES), AXES)
+    from twinformers.sharding.jax_side import mesh_axes
+
+    there = mesh_axes(**sizes)
+    return topologies.make_mesh(found.description, tuple(there.values()), tuple(there))
 
 
 def all_layers(work: Any, mesh: Any) -> float:
@@ -283,8 +287,8 @@ def _activations(work: Any, sizes: dict[str, int]) -> dict[str, int]:
     if work.mode != "train" or work.remat != "full":
         return {}
     rows = work.batch // (sizes["data"] * sizes["fsdp"] * work.accumulate)
-    c = work.config
-    return {"activations": 2 * c.num_hidden_layers * rows * work.sequence * c.hidden_size}
+    c, tokens = work.config, work.sequence // sizes.get(SEQUENCE, 1)
+    return {"activations": 2 * c.num_hidden_layers * rows * tokens * c.hidden_size}
 
 
 def _too_large(error: Exception) -> bool:

@@ -16,7 +16,7 @@ from twinformers.configs import Config
 from twinformers.errors import UsageError
 from twinformers.parity.kinds import kind
 from twinformers.sharding import BATCH
-from twinformers.sharding.jax_side import cache_shardings, tree_shardings
+from twinformers.sharding.jax_side import cache_shardings, token_sharding, tree_shardings
 from twinformers.sharding.scanned import scan_layers
 from twinformers.sharding.splash import use_splash
 from twinformers.training.adamw import AdamW
@@ -108,8 +108,8 @@ def _train(model: Any, work: Work, mesh: Mesh) -> Lowered:
         accumulate=work.accumulate,
         chunk=work.chunk,
     )
-    rows = NamedSharding(mesh, PartitionSpec(BATCH))
-    array = jax.ShapeDtypeStruct((work.batch, work.sequence), jnp.int32, sharding=rows)
+    shape = work.batch, work.sequence
+    array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=token_sharding(shape, mesh))
     state, batch = step.abstract(model), Batch(array, array, array)
     held = {
         "parameters": held_bytes(state.params),

@@ -23,6 +23,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_models.layers import at_least_float32, subkey
 from jax_models.random import fold_in, key
+from twinformers.errors import UsageError
+from twinformers.sharding import SEQUENCE
 from twinformers.sharding.jax_side import tree_shardings
 from twinformers.sharding.scanned import Scanned
 from twinformers.training.adamw import AdamW, optax_adamw
@@ -50,7 +52,8 @@ def make_step(model: Any, recipe: AdamW, *, mesh: Mesh | None = None, **options:
 
     `model` gives the structure and may be abstract; `options` are fields of `StepOptions`. On a mesh the
     state is placed by the rules of `twinformers.sharding`, and stays so; batches are for `shard_batch`.
-    Raises UsageError for a bad option, a model that is no language model, and weights narrower than float32.
+    Raises UsageError for a bad option, a model that is no language model, weights narrower than float32, and
+    a `chunk` on a mesh with an axis "sequence".
     """
     return Step(model, recipe, StepOptions(**options), mesh=mesh)
 
@@ -68,6 +71,14 @@ class Step:
         self._config, self._recipe, self._options = model.config, recipe, options
         self._optimizer, self._clip = optax_adamw(recipe)
         self._mesh, places = mesh, None
+        self._flat = mesh is None or SEQUENCE not in mesh.shape
+        if options.chunk is not None and not self._flat:
+            raise UsageError(
+                "pieces of a row would lie on one device each, where devices share out its tokens",
+                where="chunk",
+                expected="none, or a mesh without sequence",
+                found=str(options.chunk),
+            )
         if mesh is not None:
             at, opened = self.places(params), NamedSharding(mesh, PartitionSpec())
             places = at.params, at.optimizer, Metrics(opened, opened)
@@ -185,8 +196,8 @@ class Step:
         def cost(mine, x, targets):
             merged = jax.tree.unflatten(structure, [mine.get(n, leaf) for n, leaf in enumerate(leaves)])
             # The cast is made here, so that the pieces' gradients add up in the dtype of the weights.
-            # As one matrix: see jax_models.layers.Linear.
-            x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+            if self._flat:  # as one matrix: see jax_models.layers.Linear
+                x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
             return _cost(self._twin(merged, fixed).head(x), targets) / total
 
         B, T, D = x.shape
@@ -227,9 +238,9 @@ def _computing(model: Any, dtype: jnp.dtype) -> Any:
 
 
 def _cost(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Cross-entropy summed over the targets, in at least float32. [R, V], [R] -> []"""
+    """Cross-entropy summed over the targets, in at least float32. [..., V], [...] -> []"""
     wide = jax.nn.log_softmax(logits.astype(at_least_float32(logits.dtype)), axis=-1)
-    chosen = jnp.take_along_axis(wide, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]  # [R]
+    chosen = jnp.take_along_axis(wide, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]  # [...]
     return -jnp.sum(jnp.where(targets >= 0, chosen, 0))
 
 
