@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from functools import partial
@@ -15,6 +16,7 @@ from jax_models import functional
 from twinformers.checkpoints.preset import PresetCheckpoint
 from twinformers.configs import preset
 from twinformers.sharding.jax_side import make_mesh, shard, shard_batch, sharded_cache, shardings
+from twinformers.sharding.splash import use_splash
 from twinformers.training.adamw import AdamW
 from twinformers.training.jax_step import make_step
 from twinformers.training.step import random_batch
@@ -143,6 +145,21 @@ def encoded(config, mesh):
     return {"share": share(weights), "forward": far(left, right), "gradients": max(gaps)}
 
 
+def splashed(config, mesh):
+    """The kernel on each device's rows and heads, in Pallas' interpreter; the einsum on one device."""
+    source = PresetCheckpoint("test", config)
+    one, many = (twinformers.load(source, "jax", "float32", jax.devices()[0]) for _ in range(2))
+    many = use_splash(shard(many, mesh), mesh, interpret=True)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, 128), np.int32)
+    positions = np.tile(np.arange(128, dtype=np.int32), (ROWS, 1))
+    found = []
+    for model, place in ((one, lambda tree: tree), (many, lambda tree: shard_batch(tree, mesh))):
+        apply, params = functional(model)
+        with jax.set_mesh(mesh) if model is many else contextlib.nullcontext():
+            found.append(jax.jit(apply)(params, *place((tokens, positions)))[0])
+    return {"forward": far(*found)}
+
+
 def names(params):
     """Each array with its dotted name."""
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
@@ -151,8 +168,11 @@ def names(params):
 
 def main(sizes, changes, plant):
     assert len(jax.devices()) == 8
+    by_kernel = changes.pop("splash", False)
     config = preset(changes.pop("preset", "llama-tiny")).replace(**changes)
     mesh = make_mesh(**dict(zip(AXES, sizes, strict=False)))
+    if by_kernel:
+        return splashed(config, mesh)
     if config.kind != "causal":
         return {"encoder": encoded, "encoder-decoder": translated}[config.kind](config, mesh)
     one, many = (

@@ -71,6 +71,12 @@ def test_tokens_of_a_row_on_several_devices_match_one(sizes):
     assert found["tokens"] == {2: 8 * 14 / 2 / 2, 4: 8 * 14 / 2}[sizes[3]]
 
 
+@pytest.mark.parametrize("sizes", [(2, 1, 2, 2), (1, 2, 1, 4)], ids=lambda s: "x".join(map(str, s)))
+def test_the_kernel_on_a_mesh_that_shares_out_tokens_matches_the_einsum(sizes):
+    found = sharded(sizes, {**EVEN, "splash": True})
+    assert found["forward"] <= 2e-5  # float32
+
+
 def test_sizes_that_do_not_divide_stay_whole():
     found = sharded((2, 2, 2), {"tie_word_embeddings": True})
     assert max(found["forward"], found["cache"]) <= LIMIT and found["update"] <= 1e-10

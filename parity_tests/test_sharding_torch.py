@@ -115,3 +115,5 @@ def test_a_mesh_without_processes_is_refused(monkeypatch):
     with pytest.raises(UsageError, match="no processes have been launched") as error:
         make_mesh(fsdp=2)
     assert "torchrun" in str(error.value)
+    with pytest.raises(UsageError, match="not the tokens of a row"):
+        make_mesh(fsdp=2, sequence=2)

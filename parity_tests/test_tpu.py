@@ -16,7 +16,7 @@ from twinformers.sharding.mesh import mesh_sizes
 from twinformers.tpu import environment
 from twinformers.tpu.generations import GENERATIONS, find_slice
 from twinformers.tpu.hlo import read
-from twinformers.tpu.planning import plan
+from twinformers.tpu.planning import device_mesh, plan
 from twinformers.tpu.searching import choices, search
 
 if sys.platform != "linux":
@@ -82,9 +82,30 @@ def test_every_generation_compiles_decoding(generation):
     assert p.memory["cache"] == pytest.approx(whole / p.devices, rel=0.01)
 
 
-def test_every_architecture_compiles():
-    p = asked(preset("transformer-tiny"), mode="prefill", attention="einsum", sequence=256)
+@pytest.mark.parametrize("name", ["transformer-tiny", "bert-tiny"])
+def test_every_architecture_compiles(name):
+    p = asked(preset(name), mode="prefill", attention="einsum", sequence=256)
     assert p.fits and p.flops is None
+
+
+def test_tokens_of_a_row_may_be_shared_out():
+    """Half of each device's tokens are another's: a block's kept input is half as large, weights are not."""
+    few = {"batch": 2, "quick": True}
+    whole = asked(mesh={"fsdp": 2, "data": 1, "tensor": 2}, **few)
+    shared = asked(mesh={"fsdp": 2, "data": 1, "tensor": 1, "sequence": 2}, **few)
+    assert whole.fits and shared.fits and shared.mesh["sequence"] == 2
+    assert shared.memory["activations"] == whole.memory["activations"] / 2
+    assert shared.memory["parameters"] == pytest.approx(whole.memory["parameters"], rel=0.05)
+    assert shared.collectives["all-to-all"]["count"] > 0  # heads and tokens change places
+    with pytest.raises(UsageError, match="chunk"):
+        asked(mesh={"fsdp": 2, "sequence": 2}, chunk=128, **few)
+
+
+def test_axes_of_a_mesh_may_share_a_side_of_the_machine():
+    """Neither 8 is a product of whole sides of 4 x 4 x 4."""
+    mesh = device_mesh(find_slice("v5p:4x4x4"), {"data": 1, "fsdp": 8, "tensor": 8})
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 8}
+    assert len({d.id for d in mesh.devices.flat}) == 64
 
 
 def test_a_search_recommends_what_fits_and_is_fastest():
@@ -176,6 +197,8 @@ def test_a_missing_compiler_is_named(monkeypatch):
 
 def test_the_command_line(capsys):
     assert mesh_sizes("data=1, fsdp=64") == {"data": 1, "fsdp": 64, "tensor": 1}
+    assert mesh_sizes("fsdp=4,sequence=1") == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert mesh_sizes("sequence=2") == {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 2}
     command = ["tpu", "preset:llama-tiny", "--topology", "v5e:2x2", "--batch", "4", "--sequence", "128"]
     command += ["--mode", "decode"]
     assert run([*command, "--json"]) == 0

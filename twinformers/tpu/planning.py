@@ -228,12 +228,18 @@ def device_mesh(found: Slice, sizes: dict[str, int]) -> Any:
             expected=f"positive sizes whose product is {found.devices}, the devices of {found.name}",
             found=" x ".join(f"{name} {size}" for name, size in sizes.items()),
         )
-    from jax.experimental import topologies
+    from jax.experimental import mesh_utils
+    from jax.sharding import Mesh
 
     from twinformers.sharding.jax_side import mesh_axes
 
     there = mesh_axes(**sizes)
-    return topologies.make_mesh(found.description, tuple(there.values()), tuple(there))
+    devices = mesh_utils.create_device_mesh(
+        tuple(there.values()),
+        list(found.description.devices),
+        allow_split_physical_axes=True,  # a side of the machine may be shared by two axes of the mesh
+    )
+    return Mesh(devices, tuple(there))
 
 
 def all_layers(work: Any, mesh: Any) -> float:
