@@ -129,7 +129,7 @@ def test_launchers_do_not_run_without_slurm(tmp_path):
     ("given", "message"),
     [
         (["--mesh", "foo=2"], "the mesh cannot be read"),
-        (["--mesh", "data=x"], "data, fsdp, tensor, each at most once"),
+        (["--mesh", "data=x"], "data, fsdp, tensor, sequence, each at most once"),
         (["--mesh", "data=2,data=2"], "the mesh cannot be read"),
         (["--mesh", "data=0"], "the mesh cannot be read"),
         (["--mesh", ""], "the mesh cannot be read"),
