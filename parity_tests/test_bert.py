@@ -475,6 +475,8 @@ def test_inputs_of_the_checks_are_what_they_say():
     tokens, positions, segments = kind(TINY).inputs(TINY)
     assert tokens.min() > 0 and segments.max() == TINY.type_vocab_size - 1
     assert positions.max() > 256 and (positions[1] < 0).sum() == 25 and positions[1, 0] == 200
+    few = TINY.replace(max_position_embeddings=4)  # of which a fifth is none
+    assert (kind(few).inputs(few)[1] == np.arange(4)).all()
 
 
 @pytest.mark.parametrize("verb", ["generate", "compare"])

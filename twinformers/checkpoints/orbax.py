@@ -160,7 +160,7 @@ class OrbaxFolder(FolderCheckpoint):
         except Exception as error:  # TensorStore raises ValueError for whatever goes wrong
             raise FormatError(
                 "the Orbax checkpoint cannot be read",
-                where=str(self._path),
+                where=f"{self._path}: {name}",
                 found=first_line(error),
             ) from None
 

@@ -244,7 +244,7 @@ class Encoder:
         segments = rng.integers(0, config.type_vocab_size, (2, length)).astype(np.int32)
         positions = np.tile(np.arange(length, dtype=np.int32), (2, 1))
         positions[1] += min(200, most - length)
-        positions[1, -(length // 5) :] = -1
+        positions[1, length - length // 5 :] = -1
         return tokens, positions, segments
 
     def batch(self, config: Any, number: int) -> Inputs:
