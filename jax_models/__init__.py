@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flax import nnx
 
-__all__ = ["functional"]
+__all__ = ["functional", "skeleton"]
 
 
 def functional(model: nnx.Module, method: str = "__call__") -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -26,3 +26,22 @@ def functional(model: nnx.Module, method: str = "__call__") -> tuple[Callable[..
         return getattr(nnx.merge(graphdef, params), method)(*args, **kwargs)
 
     return apply, nnx.to_pure_dict(state)
+
+
+def skeleton(build: Callable[..., nnx.Module], *args: Any, **kwargs: Any) -> Any:
+    """`build(*args, rngs=..., **kwargs)` with shapes and dtypes for parameters, of which none is computed.
+
+    It is `nnx.eval_shape` with one random key for all parameters: `nnx.Rngs` counts those that it gives, and
+    to trace the counting takes four times as long as the model itself, for shapes that no key can change.
+    """
+    import jax
+    from flax import nnx
+
+    class OneKey(nnx.Rngs):
+        def __init__(self) -> None:
+            pass
+
+        def params(self) -> jax.Array:  # type: ignore[override]
+            return jax.random.key(0)
+
+    return nnx.eval_shape(lambda: build(*args, rngs=OneKey(), **kwargs))

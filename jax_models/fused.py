@@ -16,6 +16,8 @@ from twinformers.errors import UsageError
 
 #: Queries that `blocks` takes together.
 BLOCK = 128
+#: Up to so many queries the keys stand on the left of their product: decoding, and checking of guesses.
+FEW = 8
 
 
 def _cudnn_can(q: jax.Array, k: jax.Array) -> bool:
@@ -32,7 +34,10 @@ def _whole(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     """
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)  # [B, K, R, H]
-    scores = jnp.einsum("bkrh,bskh->bkrs", q, k) * H**-0.5  # [B, K, R, S]
+    # XLA would turn the keys to have them on the right; of few queries, the scores are less to turn.
+    turned = jnp.einsum("bskh,bkrh->bksr", k, q).swapaxes(2, 3) if T <= FEW else None
+    scores = jnp.einsum("bkrh,bskh->bkrs", q, k) if turned is None else turned  # [B, K, R, S]
+    scores = scores * H**-0.5
     scores = scores.astype(layers.at_least_float32(scores.dtype)).reshape(B, K, N // K, T, S)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
     # Softmax does not change with what is taken off all scores of a query: no gradient is owed for it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ import torch_models.generate
 import torch_models.layouts
 import twinformers
 from jax_models import functional
+from jax_models.layers import KVCache, store
+from jax_models.layouts import apart
 from torch_models.layers import linear
 from twinformers.checkpoints.preset import PresetCheckpoint
 from twinformers.configs import Sampling, preset
@@ -163,6 +166,66 @@ def test_a_grown_cache_holds_what_it_held(framework):
         outputs.append(np.asarray(logits.detach() if framework == "torch" else logits))
     assert np.abs(outputs[0] - outputs[1]).max() <= 1e-6 * np.abs(outputs[0]).max()
     assert engine.grow(grown, 5).positions.shape == grown.positions.shape  # it never shrinks
+
+
+def test_loading_puts_every_parameter_where_decoding_reads_it():
+    model = laid_out(TINY, "jax")
+    arrays = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))
+    places = sorted((x.unsafe_buffer_pointer(), x.nbytes) for x in arrays)
+    for (start, size), (following, _) in pairwise(places):
+        assert start % 64 == 0 and 0 <= following - (start + size) < 64  # one piece of memory, nothing twice
+    plain = twinformers.load(PresetCheckpoint("test", TINY), "jax", "float32", "cpu")
+    attn, joined = plain.layers[1].attn, model.layers[1].attn
+    expected = [p.kernel[...] for p in (attn.q_proj, attn.k_proj, attn.v_proj)]
+    assert np.array_equal(joined.v_proj.kernel[...], np.concatenate(expected, axis=1))
+    assert np.array_equal(
+        model.layers[1].mlp.down_proj.kernel[...], plain.layers[1].mlp.down_proj.kernel[...]
+    )
+    again = LAYOUTS["jax"](plain)  # what was loaded without
+    for x, y in zip(arrays, jax.tree.leaves(nnx.to_pure_dict(nnx.state(again))), strict=True):
+        assert np.array_equal(x, y)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_cache_with_its_layers_apart_is_the_same_cache(tokens):
+    rng, (L, B, K, S, H) = np.random.default_rng(0), (3, 2, 4, 9, 8)
+    k, v = (jnp.asarray(rng.standard_normal((L, B, K, S, H)), jnp.float32) for _ in "kv")
+    whole = KVCache(k, v, jnp.zeros((B, S), jnp.int32))
+    slots = jnp.asarray(rng.permuted(np.tile(np.arange(S), (B, 1)), axis=1)[:, :tokens], jnp.int32)
+    cut = apart(whole)
+    for layer in (2, 0):
+        new = [jnp.asarray(rng.standard_normal((B, tokens, K, H)), jnp.float32) for _ in "kv"]
+        whole, *expected = store(whole, layer, slots, *new)
+        cut, *found = store(cut, layer, slots, *new)
+        assert all(np.array_equal(x, y) for x, y in zip(found, expected, strict=True))
+    for one, parts in ((whole.k, cut.k), (whole.v, cut.v)):
+        assert np.array_equal(one, np.stack([parts[layer] for layer in range(L)]))
+
+
+def test_the_compiled_loop_copies_no_layer_of_the_cache():
+    config = TINY.replace(num_key_value_heads=2, head_dim=24)
+    generator = jax_models.generate.Generator(laid_out(config, "jax", attention="fused"))
+    seen = []
+    loop = generator._loop
+    generator._loop = lambda *args, **options: seen.append(args) or loop(*args, **options)
+    list(generator.stream([[1, 2, 3]], max_new_tokens=4))
+    text = loop.lower(*seen[0]).compile().as_text()
+    layer = {2, 24, seen[0][5].positions.shape[1]}  # heads, size, slots
+    copies = [
+        line.strip()
+        for line in text.splitlines()
+        if (shape := re.search(r"= f32\[([\d,]+)\]\S* (?:copy|transpose|slice)\(", line))
+        and {int(n) for n in shape[1].split(",")} - {1} == layer
+    ]
+    assert not copies, copies
+
+
+def test_argmax_is_the_first_maximum():
+    rows = np.random.default_rng(0).integers(0, 5, (6, 40)).astype(np.float32)
+    rows[0] = -np.inf
+    rows[1, 7] = np.nan
+    found = np.asarray(jax_models.generate.argmax(jnp.asarray(rows)))
+    assert np.array_equal(np.delete(found, 1), np.delete(rows.argmax(axis=1), 1)) and found[1] == 39
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])

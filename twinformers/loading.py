@@ -93,11 +93,9 @@ def load(
     build = _load_jax if framework == "jax" else _load_torch
     device = find_device(framework, device)
     with opened(source, check=check) as checkpoint:
-        model = build(checkpoint, dtype, device, attention)
+        model = build(checkpoint, dtype, device, attention, decoding and not quantize)
     if quantize:
         return importlib.import_module(f"{framework}_models.quantized").quantize(model)
-    if decoding:
-        return importlib.import_module(f"{framework}_models.layouts").for_decoding(model)
     return model
 
 
@@ -107,10 +105,12 @@ def _choose(framework: str, skeleton: Any, attention: str, device: Any) -> None:
         importlib.import_module(f"{framework}_models.fused").use_attention(skeleton, attention)
 
 
-def _load_jax(checkpoint: Checkpoint, dtype: str, device: Any, attention: str) -> Any:
+def _load_jax(checkpoint: Checkpoint, dtype: str, device: Any, attention: str, decoding: bool) -> Any:
     import jax
     import jax.numpy as jnp
     from flax import nnx
+
+    from jax_models import skeleton
 
     if dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise UsageError(
@@ -121,9 +121,15 @@ def _load_jax(checkpoint: Checkpoint, dtype: str, device: Any, attention: str) -
     config = checkpoint.config
     cls = getattr(importlib.import_module(f"jax_models.{config.architecture}"), config.model_class)
     # Shapes only: no parameter exists until the checkpoint's own is put in its place.
-    skeleton = nnx.eval_shape(lambda: cls(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
-    _choose("jax", skeleton, attention, device)
-    graphdef, state = nnx.split(skeleton)
+    shapes = skeleton(cls, config, dtype=jnp.dtype(dtype))
+    _choose("jax", shapes, attention, device)
+    layouts = importlib.import_module("jax_models.layouts")
+    if decoding and (device or jnp.zeros(()).devices().pop()).platform == "cpu":
+        room = layouts.Room(shapes)
+        for name, array in convert(checkpoint, "jax", dtype):
+            room[_parameter(shapes, name)][...] = array
+        return room.model(device)
+    graphdef, state = nnx.split(shapes)
     params: dict[Any, Any] = nnx.to_pure_dict(state)
     for name, array in convert(checkpoint, "jax", dtype):
         *parents, leaf = [int(part) if part.isdecimal() else part for part in name.split(".")]
@@ -132,10 +138,18 @@ def _load_jax(checkpoint: Checkpoint, dtype: str, device: Any, attention: str) -
             node = node[part]
         # may_alias False: the array must outlive the checkpoint's buffers.
         node[leaf] = jax.device_put(array, device, may_alias=False)
-    return nnx.merge(graphdef, params)
+    model = nnx.merge(graphdef, params)
+    return layouts.for_decoding(model) if decoding else model
 
 
-def _load_torch(checkpoint: Checkpoint, dtype: str, device: Any, attention: str) -> Any:
+def _parameter(module: Any, name: str) -> Any:
+    """The parameter of a Flax module that a name ("layers.0.attn.q_proj.kernel") means."""
+    for part in name.split("."):
+        module = module[int(part)] if part.isdecimal() else getattr(module, part)
+    return module
+
+
+def _load_torch(checkpoint: Checkpoint, dtype: str, device: Any, attention: str, decoding: bool) -> Any:
     import torch
 
     config = checkpoint.config
@@ -148,6 +162,8 @@ def _load_torch(checkpoint: Checkpoint, dtype: str, device: Any, attention: str)
         tensor = tensor_of(array)
         state[name] = tensor.to(device) if device is not None else tensor
     model.load_state_dict(state, assign=True, strict=True)
+    if decoding:
+        importlib.import_module("torch_models.layouts").for_decoding(model)
     return model.eval()
 
 

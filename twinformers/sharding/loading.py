@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jax_models import skeleton
 from twinformers.checkpoints import opened
 from twinformers.checkpoints.base import Checkpoint
 from twinformers.checkpoints.dtypes import check_dtype
@@ -40,10 +41,10 @@ def load_sharded(
     with opened(source, check=check) as checkpoint:
         config: Any = checkpoint.config
         cls = getattr(importlib.import_module(f"jax_models.{config.architecture}"), config.model_class)
-        skeleton = nnx.eval_shape(lambda: cls(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+        shapes = skeleton(cls, config, dtype=jnp.dtype(dtype))
         if attention != "einsum":
-            importlib.import_module("jax_models.fused").use_attention(skeleton, attention)
-        graphdef, state = nnx.split(skeleton)
+            importlib.import_module("jax_models.fused").use_attention(shapes, attention)
+        graphdef, state = nnx.split(shapes)
         params: dict[Any, Any] = nnx.to_pure_dict(state)
         for entry in entries(checkpoint, "jax", dtype):  # which compares all headers first
             *parents, leaf = [int(part) if part.isdecimal() else part for part in entry.name.split(".")]

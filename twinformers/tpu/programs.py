@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jax_models import skeleton
 from twinformers.configs import Config
 from twinformers.errors import UsageError
 from twinformers.parity.kinds import kind
@@ -91,7 +92,7 @@ def lower(work: Work, mesh: Mesh, *, layers: int | None = None) -> Lowered:
 def _skeleton(config: Any, work: Work, mesh: Mesh, *, scanned: bool) -> Any:
     cls = getattr(importlib.import_module(f"jax_models.{config.architecture}"), config.model_class)
     dtype = jnp.float32 if work.mode == "train" else jnp.bfloat16
-    model = nnx.eval_shape(lambda: cls(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = skeleton(cls, config, dtype=dtype)
     if work.attention == "splash":
         use_splash(model, mesh)
     return scan_layers(model) if scanned else model
