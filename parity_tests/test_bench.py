@@ -26,7 +26,7 @@ from twinformers.benchmarks.memory import forget_peak, resident
 from twinformers.benchmarks.page import HEAD, TITLE, check_report, markdown, write_report
 from twinformers.benchmarks.plots import write_plots
 from twinformers.benchmarks.process import Worker
-from twinformers.benchmarks.results import BenchResult, Row, compared, limited, peak, row
+from twinformers.benchmarks.results import BenchResult, Row, compared, limited, row, steady
 from twinformers.benchmarks.running import Way, bench, interleaved
 from twinformers.cli.app import run
 from twinformers.configs import preset
@@ -190,13 +190,14 @@ def test_a_framework_that_is_missing(monkeypatch):
 
 def test_measurements_take_turns():
     ways, asked = [Way("jax", ""), Way("torch", ""), Way("transformers", "sdpa")], []
+    begun = []
 
     def measure(way):
         asked.append(way)
         return len(asked)
 
-    found, errors = interleaved(ways, measure, 3)
-    assert asked == ways * 3 and errors == {}
+    found, errors = interleaved(ways, measure, 3, lambda: begun.append(len(asked)))
+    assert asked == ways * 3 and errors == {} and begun == [0, 3, 6]
     assert found == {ways[0]: [1, 4, 7], ways[1]: [2, 5, 8], ways[2]: [3, 6, 9]}
 
 
@@ -222,9 +223,11 @@ def test_row_by_hand():
     runs = measured(0.5, 4.0, 2.0, device_bytes=5)
     found = row(DECODE, "jax", "", runs, 10.0)
     assert (found.seconds, found.runs, found.tokens_per_second) == (2.0, [0.5, 4.0, 2.0], 2 * 8 / 2.0)
-    part = limited(found, ("bandwidth", 60.0), {"cpu": {"bandwidth": {"jax": 100.0, "numpy": 120.0}}}, "cpu")
-    assert (part.bound, part.fraction) == ("bandwidth", 60 / 2 / 120)
-    assert limited(found, None, {}, "cpu") == limited(found, ("matrix", 1.0), {}, "cpu") == found
+    part = limited(
+        found, ("bandwidth", 60.0), [{"cpu": {"bandwidth": {"jax": 100.0, "numpy": 120.0}}}], "cpu"
+    )
+    assert (part.bound, part.limit, part.fraction) == ("bandwidth", 120.0, 60 / 2 / 120)
+    assert limited(found, None, [], "cpu") == limited(found, ("matrix", 1.0), [], "cpu") == found
     assert (found.compile_seconds, found.peak_bytes, found.device_bytes) == (10.0 - 3.0, 9, 5)
     assert row(DECODE, "jax", "", measured(1.0, 2.0), None).seconds == 1.5
     assert row(Case(task="load"), "jax", "", runs, 1.0).tokens_per_second is None
@@ -233,7 +236,7 @@ def test_row_by_hand():
 def test_what_is_too_short_is_no_figure():
     found = row(DECODE, "jax", "", measured(-0.1, -0.2, 5.0), 1.0)
     assert "too short" in found.error and found.seconds is found.tokens_per_second is None
-    assert limited(found, ("matrix", 1.0), {"cpu": {"matrix": {"jax": 1.0}}}, "cpu").fraction is None
+    assert limited(found, ("matrix", 1.0), [{"cpu": {"matrix": {"jax": 1.0}}}], "cpu").fraction is None
 
 
 def test_ratio_is_to_the_fastest_of_transformers():
@@ -247,8 +250,16 @@ def test_ratio_is_to_the_fastest_of_transformers():
 
 def test_the_best_limit_is_taken_on_the_same_platform():
     peaks = {"cpu": {"bandwidth": {"jax": 3.0, "numpy": 5.0}}, "gpu": {"bandwidth": {"jax": 100.0}}}
-    assert (peak(peaks, "cpu", "bandwidth"), peak(peaks, "gpu", "bandwidth")) == (5.0, 100.0)
-    assert peak(peaks, "cpu", "matrix") is None
+    assert (steady([peaks], "cpu", "bandwidth"), steady([peaks], "gpu", "bandwidth")) == (5.0, 100.0)
+    assert steady([peaks], "cpu", "matrix") is steady([], "cpu", "bandwidth") is None
+
+
+def test_the_limit_is_that_of_most_rounds():
+    rounds = [
+        {"cpu": {"bandwidth": {"jax": j, "numpy": n}}} for j, n in ((3.0, 50.0), (4.0, 2.0), (9.0, 1.0))
+    ]
+    assert steady(rounds, "cpu", "bandwidth") == 4.0  # numpy's best is higher, and was an exception
+    assert steady([*rounds, {}], "cpu", "bandwidth") == 4.0  # a round in which it failed
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can forget a peak")
@@ -494,7 +505,8 @@ def test_figures_are_positive_and_consistent(result):
         assert r.tokens_per_second * r.seconds == pytest.approx(r.case.produced)
         what, amount = cost(TINY, r.case, "float32")
         assert r.bound == what
-        assert r.fraction == pytest.approx(amount / r.seconds / max(result.peaks["cpu"][what].values()))
+        assert r.fraction == pytest.approx(amount / r.seconds / r.limit)
+        assert 0 < r.limit <= max(result.peaks["cpu"][what].values())
 
 
 def test_limits_are_those_of_a_machine(result):
@@ -556,12 +568,12 @@ class Fake:
         self.asked.append((self.framework, "start"))
         self.about["device"] = f"cpu {self.options[-1]}"
 
-    def ask(self, method, limit=None, *, case=None, variant=""):
+    def ask(self, method, limit=None, *, case=None, variant="", kinds=()):
         if method == "peaks" and self.framework == "torch":
             raise WorkerError("no memory", where=self.framework)
         if method == "peaks":
-            self.peak += 50.0  # the second time is the best
-            return {"bandwidth": {self.framework: self.peak}, "matrix": {self.framework: self.peak}}
+            self.peak += 50.0  # better from round to round
+            return {kind: {self.framework: self.peak} for kind in kinds}
         self.asked.append((f"{self.framework} {variant}".rstrip(), method))
         if variant == "compile":
             raise WorkerError("no answer within 4 s", where=self.framework)
@@ -591,7 +603,9 @@ def test_the_run_prepares_then_measures_in_turn_then_lets_go(monkeypatch):
         ("eager", ""),
     ] * 2
     assert [r.compile_seconds for r in found.rows] == [0.0, None, 0.0] * 2
-    assert found.rows[0].fraction == cost(TINY, TRAIN, "float32")[1] / 2 / 100
+    for r, limit in ((found.rows[0], (50 + 100) / 2), (found.rows[3], (150 + 200) / 2)):
+        assert (r.limit, r.fraction) == (limit, cost(TINY, r.case, "float32")[1] / 2 / limit)
+    assert found.peaks == {"cpu": {"matrix": {"jax": 200.0}}}
     assert found.facts["limits in torch"] == "not measured: torch: no memory"
 
 
@@ -601,7 +615,7 @@ def test_rounded_weights_are_told_of_and_measured_by_their_own_bytes(monkeypatch
     found = bench(SOURCE, [DECODE], frameworks=["jax", "transformers"], repeats=1, quantize="int8")
     rows = {r.framework: r for r in found.rows}
     assert found.facts["weights of the twins"] == found.facts["jax ran on"][4:8] == "int8"
-    least = [cost(TINY, DECODE, "float32", quantize)[1] / 2 / 100 for quantize in ("int8", None)]
+    least = [cost(TINY, DECODE, "float32", quantize)[1] / 2 / 50 for quantize in ("int8", None)]
     assert [rows["jax"].fraction, rows["transformers"].fraction] == least and least[0] < 0.4 * least[1]
 
 

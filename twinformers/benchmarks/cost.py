@@ -14,6 +14,8 @@ from typing import Any
 from twinformers.benchmarks.cases import Case
 from twinformers.weight_maps import weight_map
 
+#: What limits a task.
+BOUNDS = {"decode": "bandwidth", "prefill": "matrix", "train": "matrix"}
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 QUANTIZED = ("int8",)
 
@@ -60,11 +62,11 @@ def cost(config: Any, case: Case, dtype: str, quantize: str | None = None) -> tu
         keys = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         # Step i sees the prompt, the tokens before it and itself.
         seen = steps * T + steps * (steps + 1) // 2
-        return "bandwidth", float(steps * matrices + BYTES[dtype] * (steps * others + B * keys * seen))
+        return BOUNDS[case.task], float(steps * matrices + BYTES[dtype] * (steps * others + B * keys * seen))
     # A query attends to itself and what precedes it, in two products of two operations each.
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * T * (T + 1) // 2
     if case.task == "prefill":
-        return "matrix", float(B * (2 * n.blocks * T + 2 * n.head + attention))
+        return BOUNDS[case.task], float(B * (2 * n.blocks * T + 2 * n.head + attention))
     if case.task == "train":
-        return "matrix", float(3 * B * (2 * (n.blocks + n.head) * T + attention))
+        return BOUNDS[case.task], float(3 * B * (2 * (n.blocks + n.head) * T + attention))
     return None

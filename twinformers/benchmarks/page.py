@@ -28,11 +28,12 @@ LIMITS = {"bandwidth": ("read bandwidth", "GB/s"), "matrix": ("matrix products",
 EXPLAINED = """\
 Each framework runs in a process of its own, on the same weights, and measures in turn with the others; times
 are medians, and the spread is half of what lies between the slowest and the fastest. The ratio says how many
-times faster an implementation is than the fastest of transformers’ own. “Of limit” is the part of the
-measured read bandwidth (decoding: weights and cache, read once a step) or of the measured matrix products
-(prefill, training) that the work amounts to at the least. Compiling is what the first run took beyond later
-ones. Memory is the peak of the process, or of the accelerator; what a process frees, it keeps for what comes
-next where the C library can (glibc)."""
+times faster an implementation is than the fastest of transformers’ own. “Of limit” is the part of the read
+bandwidth (decoding: weights and cache, read once a step) or of the matrix products (prefill, training) that
+the work amounts to at the least; both are measured before each round, and their median counts, by the
+framework that is fastest at it. Compiling is what the first run took beyond later ones. Memory is the peak of
+the process, or of the accelerator; what a process frees, it keeps for what comes next where the C library can
+(glibc)."""
 
 
 def cells(row: Row) -> list[str]:
@@ -62,14 +63,14 @@ def notes(result: BenchResult) -> list[str]:
 
 
 def limits(result: BenchResult) -> list[str]:
-    """The measured limits of each platform, the best first."""
+    """The limits of each platform, the best of all rounds, the fastest first."""
     found = []
     for platform, kinds in result.peaks.items():
         for what, values in kinds.items():
             name, unit = LIMITS[what]
             ranked = sorted(values.items(), key=lambda item: -item[1])
             each = ", ".join(f"{value / 1e9:.3g} {unit} in {by}" for by, value in ranked)
-            found.append(f"{name} on {platform}: {each}")
+            found.append(f"{name} on {platform}, at its best: {each or 'not measured'}")
     return found
 
 

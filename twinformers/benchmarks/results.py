@@ -16,10 +16,11 @@ Peaks = dict[str, dict[str, dict[str, float]]]
 class Row:
     """What one implementation needed for one case. `seconds` is the median of `runs`.
 
-    `tokens_per_second` is the case's tokens over it. `ratio` is how many times faster it is than the
-    fastest of transformers' variants; `fraction` the part of the machine's `bound` ("bandwidth" or "matrix")
-    that the work amounts to. `compile_seconds` is by how much the first run took longer. Memory is the
-    peak of the process, and of an accelerator. `error` says why there are no figures.
+    `tokens_per_second` is the case's tokens over it. `ratio` is how many times faster it is than the fastest
+    of transformers' variants; `fraction` the part of the machine's `bound` ("bandwidth" or "matrix") that the
+    work amounts to: of `limit`, in bytes/s or FLOP/s, as measured between the runs. `compile_seconds` is by
+    how much the first run took longer. Memory is the peak of the process, and of an accelerator. `error` says
+    why there are no figures.
     """
 
     case: Case
@@ -30,6 +31,7 @@ class Row:
     tokens_per_second: float | None = None
     ratio: float | None = None
     bound: str = ""
+    limit: float | None = None
     fraction: float | None = None
     compile_seconds: float | None = None
     peak_bytes: int | None = None
@@ -75,22 +77,26 @@ def compared(rows: Sequence[Row]) -> list[Row]:
     return [replace(r, ratio=min(theirs) / r.seconds) if theirs and r.seconds else r for r in rows]
 
 
-def limited(row: Row, work: tuple[str, float] | None, peaks: Peaks, platform: str) -> Row:
-    """The row with its part of the limit: `work` is what `cost` says."""
-    best = peak(peaks, platform, work[0]) if work else None
-    if not work or not best or not row.seconds:
+def limited(row: Row, work: tuple[str, float] | None, rounds: Sequence[Peaks], platform: str) -> Row:
+    """The row with its part of the limit: `work` is what `cost` says, `rounds` what each round measured."""
+    limit = steady(rounds, platform, work[0]) if work else None
+    if not work or not limit or not row.seconds:
         return row
-    return replace(row, bound=work[0], fraction=work[1] / row.seconds / best)
+    return replace(row, bound=work[0], limit=limit, fraction=work[1] / row.seconds / limit)
 
 
-def peak(peaks: Peaks, platform: str, what: str) -> float | None:
-    """The best that was measured on a platform, whoever measured it."""
-    return max(peaks.get(platform, {}).get(what, {}).values(), default=None)
+def steady(rounds: Sequence[Peaks], platform: str, what: str) -> float | None:
+    """The best on a platform of those that measured it in each round, by their medians."""
+    measured: dict[str, list[float]] = {}
+    for peaks in rounds:
+        for by, value in peaks.get(platform, {}).get(what, {}).items():
+            measured.setdefault(by, []).append(value)
+    return max((statistics.median(values) for values in measured.values()), default=None)
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Everything that was measured, and where. `peaks` by platform, what limits, and what measured it."""
+    """Everything that was measured, and where. `peaks`: the best of all rounds, by platform and kind."""
 
     source: str
     architecture: str

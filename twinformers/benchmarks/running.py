@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from twinformers.benchmarks.cases import FRAMEWORKS, Case, fits, known, positive
-from twinformers.benchmarks.cost import BYTES, QUANTIZED, cost
+from twinformers.benchmarks.cost import BOUNDS, BYTES, QUANTIZED, cost
 from twinformers.benchmarks.process import Worker, first_token
 from twinformers.benchmarks.results import BenchResult, Peaks, Row, compared, limited, row
 from twinformers.checkpoints import Checkpoint, opened, port
@@ -92,7 +92,7 @@ def bench(
         for layers, group in itertools.groupby(cases, key=lambda case: case.layers):
             with bench_.crew(checkpoint, layers):
                 for case in group:
-                    rows += bench_.rows(case)
+                    rows += bench_.rows(case, config)
         return BenchResult(
             checkpoint.source,
             config.architecture,
@@ -105,17 +105,24 @@ def bench(
                 "weights of the twins": quantize or dtype,
             },
             bench_.peaks,
-            bench_.limited(config, rows),
+            rows,
         )
 
 
 def interleaved(
-    ways: Sequence[Way], measure: Callable[[Way], Any], repeats: int
+    ways: Sequence[Way],
+    measure: Callable[[Way], Any],
+    repeats: int,
+    begin: Callable[[], None] = lambda: None,
 ) -> tuple[dict[Way, list[Any]], dict[Way, str]]:
-    """What each of the ways gave, round by round and in turn, and why one that failed takes no more part."""
+    """What each of the ways gave, round by round and in turn, and why one that failed takes no more part.
+
+    `begin` begins each round.
+    """
     found: dict[Way, list[Any]] = {way: [] for way in ways}
     errors: dict[Way, str] = {}
     for _ in range(repeats):
+        begin()
         for way in ways:
             if way not in errors:
                 try:
@@ -164,11 +171,9 @@ class _Bench:
                 self._say(f"{name} loads")
                 worker.start(self._limit)
                 self.about[name] = worker.about
-            self._measure_peaks()
             yield
-            self._measure_peaks()
 
-    def rows(self, case: Case) -> list[Row]:
+    def rows(self, case: Case, config: Any) -> list[Row]:
         """Every implementation's row for a case."""
         ways = [Way(name, variant) for name in self._frameworks for variant in case.variants(name)]
         errors: dict[Way, str] = {}
@@ -177,22 +182,28 @@ class _Bench:
             measure = self._starts(case, ways, errors)
         else:
             measure = self._prepared(case, ways, errors, firsts)
-        found, failed = interleaved([w for w in ways if w not in errors], measure, self._repeats)
+        rounds: list[Peaks] = []
+
+        def begin() -> None:
+            if case.task in BOUNDS:
+                rounds.append(self._measure_peaks(BOUNDS[case.task]))
+
+        found, failed = interleaved([w for w in ways if w not in errors], measure, self._repeats, begin)
         for worker in self._workers.values():
             worker.forget()
         errors |= failed
-        return compared(
+        rows = compared(
             [row(case, *way, found.get(way, []), firsts.get(way), errors.get(way, "")) for way in ways]
         )
-
-    def limited(self, config: Any, rows: Sequence[Row]) -> list[Row]:
-        """The rows with their part of the limits, once all of these are measured."""
-        found = []
-        for r in rows:
-            quantize = None if r.framework == "transformers" else self._choice[1]
-            least = cost(config, r.case, self._dtype, quantize)
-            found.append(limited(r, least, self.peaks, self.about[r.framework]["platform"]))
-        return found
+        return [
+            limited(
+                r,
+                cost(config, case, self._dtype, None if r.framework == "transformers" else self._choice[1]),
+                rounds,
+                self.about[r.framework]["platform"],
+            )
+            for r in rows
+        ]
 
     def _prepared(
         self, case: Case, ways: Sequence[Way], errors: dict[Way, str], firsts: dict[Way, float]
@@ -239,21 +250,24 @@ class _Bench:
                 errors[way] = said(error)
         return measure
 
-    def _measure_peaks(self) -> None:
-        """What the machine can do at its best: before and after the cases, since other work may disturb."""
+    def _measure_peaks(self, kind: str) -> Peaks:
+        """What the machine can do now, which other work on it may change from one minute to the next."""
+        now: Peaks = {}
         for name, worker in self._workers.items():
             if name == "transformers" and "torch" in self._workers:
                 continue  # it would measure the same
             self._say(f"bandwidth and matrix products in {name}")
-            here = self.peaks.setdefault(worker.about["platform"], {"bandwidth": {}, "matrix": {}})
+            platform_ = worker.about["platform"]
+            best = self.peaks.setdefault(platform_, {}).setdefault(kind, {})
             try:
-                found = worker.ask("peaks", self._limit)
+                found = worker.ask("peaks", self._limit, kinds=[kind])[kind]
             except WorkerError as error:  # the figures of the cases are worth having without
                 self.about[name]["limits"] = said(error)
                 continue
-            for what, values in found.items():
-                for by, value in values.items():
-                    here[what][by] = max(value, here[what].get(by, 0.0))
+            now.setdefault(platform_, {}).setdefault(kind, {}).update(found)
+            for by, value in found.items():
+                best[by] = max(value, best.get(by, 0.0))
+        return now
 
     def _worker(self, name: str, environment: Mapping[str, str]) -> Worker:
         # What they leave, should they be ended, goes with the room.

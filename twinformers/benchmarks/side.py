@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
+import mmap
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
+from twinformers.allocator import give_back
 from twinformers.benchmarks.cases import Case
 from twinformers.checkpoints import opened
 from twinformers.loading import find_device, load, load_tokenizer
@@ -81,9 +84,16 @@ class Side(ABC):
     def device_bytes(self) -> int | None:
         """The most memory that an accelerator had to give since `forget`."""
 
-    @abstractmethod
-    def peaks(self) -> dict[str, dict[str, float]]:
+    def peaks(self, kinds: Sequence[str]) -> dict[str, dict[str, float]]:
         """Measured limits: bytes/s of reading ("bandwidth") and FLOP/s ("matrix"), by what measured them."""
+        measure = {"bandwidth": self.bandwidth, "matrix": self.matrix}
+        return {kind: measure[kind]() for kind in kinds}
+
+    @abstractmethod
+    def bandwidth(self) -> dict[str, float]: ...
+
+    @abstractmethod
+    def matrix(self) -> dict[str, float]: ...
 
     def forget(self) -> None:  # noqa: B027  (not every framework can)
         """Let the accelerator's peak begin anew."""
@@ -136,6 +146,9 @@ class Side(ABC):
         dtype = "float32" if case.task == "train" and self.narrow else self.dtype
         wanted = dtype, case.task in ("decode", "prefill")
         if self._held != wanted and (case, variant) not in self._updates:
+            self.release()
+            self.drop()
+            give_back()  # one piece for all weights may find no room in what smaller ones left
             self.load(*wanted)
         if case.task == "decode":
             # One token is the prefill; what more of them take is decoding.
@@ -214,8 +227,22 @@ class Twin(Side):
         return int(next(self.steps([ids], NEW_TOKENS))[0])  # type: ignore[arg-type]
 
 
+def long_array() -> np.ndarray:
+    """An array of `LONG` ones whose memory goes with it: what malloc gave, this process would keep.
+
+    In large pages where the system has them, as NumPy asks for: the limit is the memory's.
+    """
+    memory = mmap.mmap(-1, 4 * LONG)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    array = np.frombuffer(memory, np.float32)
+    array.fill(1.0)
+    return array
+
+
 def numpy_bandwidth(side: Side, threads: int) -> float:
     """Bytes/s of adding up in numpy, a part of the array for each thread."""
-    parts = np.array_split(np.ones(LONG, np.float32), threads)
+    parts = np.array_split(long_array(), threads)
     with ThreadPoolExecutor(threads) as pool:
         return 4 * LONG / side.fastest(lambda: list(pool.map(np.sum, parts)))

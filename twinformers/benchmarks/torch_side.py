@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from twinformers.benchmarks.cases import Case
-from twinformers.benchmarks.side import EDGES, LONG, Side, Twin, numpy_bandwidth
+from twinformers.benchmarks.side import EDGES, LONG, Side, Twin, long_array, numpy_bandwidth
 
 
 class OnTorch(Side):
@@ -43,18 +43,22 @@ class OnTorch(Side):
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
     @torch.inference_mode()
-    def peaks(self) -> dict[str, dict[str, float]]:
-        x = torch.ones(LONG, dtype=torch.float32, device=self.device)
-        bandwidth = {"torch": 4 * LONG / self.fastest(x.sum)}
+    def bandwidth(self) -> dict[str, float]:
+        x = torch.from_numpy(long_array()).to(self.device)
+        found = {"torch": 4 * LONG / self.fastest(x.sum)}
         del x
         if self.device.type == "cpu":
-            bandwidth["numpy"] = numpy_bandwidth(self, torch.get_num_threads())
+            found["numpy"] = numpy_bandwidth(self, torch.get_num_threads())
+        return found
+
+    @torch.inference_mode()
+    def matrix(self) -> dict[str, float]:
         matrix = 0.0
         for edge in EDGES["cpu" if self.device.type == "cpu" else "gpu"]:
             x = torch.full((edge, edge), 0.5, dtype=getattr(torch, self.dtype), device=self.device)
             seconds = self.fastest(partial(torch.matmul, x, x))
             matrix = max(matrix, 2 * edge**3 / seconds)
-        return {"bandwidth": bandwidth, "matrix": {"torch": matrix}}
+        return {"torch": matrix}
 
 
 class TorchSide(OnTorch, Twin):
