@@ -34,9 +34,10 @@ def _whole(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     """
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)  # [B, K, R, H]
-    # XLA would turn the keys to have them on the right; of few queries, the scores are less to turn.
-    turned = jnp.einsum("bskh,bkrh->bksr", k, q).swapaxes(2, 3) if T <= FEW else None
-    scores = jnp.einsum("bkrh,bskh->bkrs", q, k) if turned is None else turned  # [B, K, R, S]
+    if T <= FEW:  # XLA would turn the keys to have them on the right; the scores are less to turn
+        scores = jnp.einsum("bskh,bkrh->bksr", k, q).swapaxes(2, 3)  # [B, K, R, S]
+    else:
+        scores = jnp.einsum("bkrh,bskh->bkrs", q, k)  # [B, K, R, S]
     scores = scores * H**-0.5
     scores = scores.astype(layers.at_least_float32(scores.dtype)).reshape(B, K, N // K, T, S)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)

@@ -121,6 +121,10 @@ def _params(model: nnx.Module) -> list[nnx.Param]:
     return [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Param)]
 
 
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
+
+
 def _join(module: nnx.Module, names: tuple[str, ...], kernel: nnx.Param) -> None:
     stop = 0
     for name in names:
@@ -143,7 +147,7 @@ class Room:
         joined = [[getattr(module, name).kernel for name in names] for module, names in self._groups]
         within = {id(kernel) for kernels in joined for kernel in kernels}
         alone = [[p] for p in _params(model) if id(p) not in within]
-        sizes = (-(-p.size * p.dtype.itemsize // ALIGNED) * ALIGNED for p in _params(model))
+        sizes = (_aligned(p.size * p.dtype.itemsize) for p in _params(model))
         memory = np.empty(sum(sizes) + ALIGNED, np.uint8)
         start = -memory.ctypes.data % ALIGNED
         self._arrays: list[tuple[np.ndarray, nnx.Param]] = []
@@ -153,7 +157,7 @@ class Room:
             shape = *lead, sum(p.shape[-1] for p in params)
             size = math.prod(shape) * params[0].dtype.itemsize
             array = memory[start : start + size].view(params[0].dtype).reshape(shape)
-            start += -(-size // ALIGNED) * ALIGNED
+            start += _aligned(size)
             self._arrays.append((array, params[0]))
             stop = 0
             for p in params:

@@ -568,12 +568,13 @@ class Fake:
         self.asked.append((self.framework, "start"))
         self.about["device"] = f"cpu {self.options[-1]}"
 
-    def ask(self, method, limit=None, *, case=None, variant="", kinds=()):
-        if method == "peaks" and self.framework == "torch":
+    def ask(self, method, limit=None, *, case=None, variant=""):
+        limits = method in ("bandwidth", "matrix")
+        if limits and self.framework == "torch":
             raise WorkerError("no memory", where=self.framework)
-        if method == "peaks":
+        if limits:
             self.peak += 50.0  # better from round to round
-            return {kind: {self.framework: self.peak} for kind in kinds}
+            return {self.framework: self.peak}
         self.asked.append((f"{self.framework} {variant}".rstrip(), method))
         if variant == "compile":
             raise WorkerError("no answer within 4 s", where=self.framework)

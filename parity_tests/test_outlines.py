@@ -76,7 +76,7 @@ EXCEPTIONS = (
     Only("torch", "*", r"from models.layers import linear", "the same"),
     Only("jax", "generate", r"argmax\b.*", "on a CPU XLA is slow to find where a maximum stands"),
     Only("jax", "layouts", r"\(?TOGETHER.*|(class )?(Part|_groups|_join)\b.*", "only XLA merges equals"),
-    Only("jax", "layouts", r"(class )?(ALIGNED|Room|_params)\b.*", "XLA's memory is in small pages"),
+    Only("jax", "layouts", r"(class )?(ALIGNED|Room|_aligned|_params)\b.*", "XLA's memory is in small pages"),
     Only(
         "jax",
         "layouts",

@@ -108,7 +108,6 @@ def _choose(framework: str, skeleton: Any, attention: str, device: Any) -> None:
 def _load_jax(checkpoint: Checkpoint, dtype: str, device: Any, attention: str, decoding: bool) -> Any:
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
     from jax_models import skeleton
 
@@ -121,24 +120,17 @@ def _load_jax(checkpoint: Checkpoint, dtype: str, device: Any, attention: str, d
     config = checkpoint.config
     cls = getattr(importlib.import_module(f"jax_models.{config.architecture}"), config.model_class)
     # Shapes only: no parameter exists until the checkpoint's own is put in its place.
-    shapes = skeleton(cls, config, dtype=jnp.dtype(dtype))
-    _choose("jax", shapes, attention, device)
+    model = skeleton(cls, config, dtype=jnp.dtype(dtype))
+    _choose("jax", model, attention, device)
     layouts = importlib.import_module("jax_models.layouts")
     if decoding and (device or jnp.zeros(()).devices().pop()).platform == "cpu":
-        room = layouts.Room(shapes)
+        room = layouts.Room(model)
         for name, array in convert(checkpoint, "jax", dtype):
-            room[_parameter(shapes, name)][...] = array
+            room[_parameter(model, name)][...] = array
         return room.model(device)
-    graphdef, state = nnx.split(shapes)
-    params: dict[Any, Any] = nnx.to_pure_dict(state)
     for name, array in convert(checkpoint, "jax", dtype):
-        *parents, leaf = [int(part) if part.isdecimal() else part for part in name.split(".")]
-        node: Any = params
-        for part in parents:
-            node = node[part]
         # may_alias False: the array must outlive the checkpoint's buffers.
-        node[leaf] = jax.device_put(array, device, may_alias=False)
-    model = nnx.merge(graphdef, params)
+        _parameter(model, name).set_value(jax.device_put(array, device, may_alias=False))
     return layouts.for_decoding(model) if decoding else model
 
 

@@ -256,11 +256,11 @@ class _Bench:
         for name, worker in self._workers.items():
             if name == "transformers" and "torch" in self._workers:
                 continue  # it would measure the same
-            self._say(f"bandwidth and matrix products in {name}")
+            self._say(f"the machine's {kind} in {name}")
             platform_ = worker.about["platform"]
             best = self.peaks.setdefault(platform_, {}).setdefault(kind, {})
             try:
-                found = worker.ask("peaks", self._limit, kinds=[kind])[kind]
+                found = worker.ask(kind, self._limit)
             except WorkerError as error:  # the figures of the cases are worth having without
                 self.about[name]["limits"] = said(error)
                 continue

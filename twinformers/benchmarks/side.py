@@ -8,7 +8,7 @@ import importlib
 import mmap
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -84,16 +84,13 @@ class Side(ABC):
     def device_bytes(self) -> int | None:
         """The most memory that an accelerator had to give since `forget`."""
 
-    def peaks(self, kinds: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Measured limits: bytes/s of reading ("bandwidth") and FLOP/s ("matrix"), by what measured them."""
-        measure = {"bandwidth": self.bandwidth, "matrix": self.matrix}
-        return {kind: measure[kind]() for kind in kinds}
+    @abstractmethod
+    def bandwidth(self) -> dict[str, float]:
+        """Measured bytes/s of reading, by what measured them."""
 
     @abstractmethod
-    def bandwidth(self) -> dict[str, float]: ...
-
-    @abstractmethod
-    def matrix(self) -> dict[str, float]: ...
+    def matrix(self) -> dict[str, float]:
+        """Measured FLOP/s of square products, by what measured them."""
 
     def forget(self) -> None:  # noqa: B027  (not every framework can)
         """Let the accelerator's peak begin anew."""
@@ -146,8 +143,8 @@ class Side(ABC):
         dtype = "float32" if case.task == "train" and self.narrow else self.dtype
         wanted = dtype, case.task in ("decode", "prefill")
         if self._held != wanted and (case, variant) not in self._updates:
-            self.release()
             self.drop()
+            self.release()  # which collects what the model was
             give_back()  # one piece for all weights may find no room in what smaller ones left
             self.load(*wanted)
         if case.task == "decode":

@@ -32,8 +32,11 @@ class Answers:
     def about(self) -> dict[str, Any]:
         return self._side.about()
 
-    def peaks(self, kinds: list[str]) -> dict[str, dict[str, float]]:
-        return self._side.peaks(kinds)
+    def bandwidth(self) -> dict[str, float]:
+        return self._side.bandwidth()
+
+    def matrix(self) -> dict[str, float]:
+        return self._side.matrix()
 
     def first_token(self) -> dict[str, int]:
         return {"token": self._side.first_token(), "peak_bytes": resident(peak=True)}
