@@ -28,6 +28,7 @@ from twinformers.benchmarks.plots import write_plots
 from twinformers.benchmarks.process import Worker
 from twinformers.benchmarks.results import BenchResult, Row, compared, limited, row, steady
 from twinformers.benchmarks.running import Way, bench, interleaved
+from twinformers.benchmarks.side import LONG
 from twinformers.cli.app import run
 from twinformers.configs import preset
 from twinformers.errors import DestinationError, MissingDependency, UsageError, WorkerError
@@ -377,6 +378,16 @@ def test_an_error_leaves_the_worker_alive(workers):
     with pytest.raises(WorkerError, match="AttributeError"):
         workers["torch"].ask("dance")
     assert workers["torch"]._child.pid == pid
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can forget a peak")
+@pytest.mark.parametrize("name", ["jax", "torch"])
+def test_what_a_limit_is_measured_on_is_not_in_the_peak_of_a_case(workers, name: str):
+    asked = {"case": cases(["prefill"], batches=[1], tokens=4)[0].to_dict(), "variant": ""}
+    workers[name].ask("prepare", 120, **asked)
+    before = workers[name].ask("measure", 120, **asked)["peak_bytes"]
+    workers[name].ask("bandwidth", 120)
+    assert workers[name].ask("measure", 120, **asked)["peak_bytes"] < before + 2 * LONG  # bytes; it has four
 
 
 def test_a_worker_that_cannot_load_says_why(tmp_path):

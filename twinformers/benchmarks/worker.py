@@ -6,6 +6,7 @@ whatever else a library prints goes to stderr.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -54,6 +55,7 @@ class Answers:
         key = Case(**case), variant
         if key not in self._prepared:
             raise UsageError("the process was started anew since the case was prepared", where=key[0].label)
+        gc.collect()  # what a limit was measured on: JAX lets go of an array of NumPy's only then
         forget_peak()
         self._side.forget()
         found = self._side.run(*key)
