@@ -17,7 +17,7 @@ AXES = {"length": "tokens", "batch": "sequences", "size": "layers"}
 
 def check_plots(folder: str | Path) -> Path:
     """The folder, made if need be. Raises DestinationError where it cannot be, MissingDependency."""
-    _pyplot()
+    _matplotlib()
     folder = Path(folder).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,12 +59,13 @@ def drawings(result: BenchResult) -> list[str]:
     return found
 
 
-def _pyplot() -> Any:
+def _matplotlib() -> Any:
     try:
-        from matplotlib import figure
+        import matplotlib.figure
+        import matplotlib.ticker
     except ImportError:
         raise MissingDependency("plots need matplotlib", hint="pip install 'twinformers[report]'") from None
-    return figure
+    return matplotlib
 
 
 def _figures(result: BenchResult) -> Iterator[tuple[str, Any]]:
@@ -87,7 +88,7 @@ def best(rows: Sequence[Row]) -> list[Row]:
 def _bars(rows: Sequence[Row], result: BenchResult) -> Any:
     """How many times faster than transformers (or than the slowest, without it), with the figure itself."""
     tasks = list(dict.fromkeys(r.case for r in rows))
-    figure = _pyplot().Figure(figsize=(9, 1 + 0.8 * len(tasks)), layout="constrained")
+    figure = _matplotlib().figure.Figure(figsize=(9, 1 + 0.8 * len(tasks)), layout="constrained")
     axes = figure.subplots()
     for place, case in enumerate(tasks):
         chosen = best([r for r in rows if r.case == case])
@@ -114,7 +115,8 @@ def _bars(rows: Sequence[Row], result: BenchResult) -> Any:
 def _growth(rows: Sequence[Row], sweep: str, result: BenchResult) -> Any:
     """Time above memory, a column for each task, both on logarithmic scales."""
     tasks = list(dict.fromkeys(r.case.task for r in rows))
-    figure = _pyplot().Figure(figsize=(4.5 * len(tasks), 6), layout="constrained")
+    library = _matplotlib()
+    figure = library.figure.Figure(figsize=(4.5 * len(tasks), 6), layout="constrained")
     grid = figure.subplots(2, len(tasks), squeeze=False, sharex="col")
     for column, task in enumerate(tasks):
         above, below = grid[:, column]
@@ -132,8 +134,16 @@ def _growth(rows: Sequence[Row], sweep: str, result: BenchResult) -> Any:
             options = {"marker": "o", "markersize": 4, "color": colour, "label": NAMES.get(name, name)}
             above.plot(x, [r.seconds for r in line], **options)
             below.plot(x, [(r.device_bytes or r.peak_bytes or 0) / 1e9 for r in line], **options)
-        above.set(title=task, ylabel="seconds", xscale="log", yscale="log")
+        above.set(title=task, ylabel="time", xscale="log", yscale="log")
+        # Sizes stand where they were measured, times as the table has them.
+        sizes = sorted({_along(r, sweep) for r in here})
+        above.set_xticks(sizes, [str(size) for size in sizes])
+        above.yaxis.set_major_locator(library.ticker.LogLocator(subs=(1, 2, 5)))
+        above.yaxis.set_major_formatter(lambda value, _: seconds(value))
+        for axis in (above.xaxis, above.yaxis):
+            axis.set_minor_locator(library.ticker.NullLocator())
         below.set(xlabel=AXES[sweep], ylabel="peak memory, GB")
+        below.set_ylim(bottom=0)
         above.legend(fontsize=8)
         for axes in (above, below):
             axes.grid(alpha=0.3)
