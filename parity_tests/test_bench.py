@@ -24,7 +24,7 @@ from twinformers.benchmarks.cases import Case, cases, swept
 from twinformers.benchmarks.cost import cost, parameters
 from twinformers.benchmarks.memory import forget_peak, resident
 from twinformers.benchmarks.page import HEAD, TITLE, check_report, markdown, write_report
-from twinformers.benchmarks.plots import write_plots
+from twinformers.benchmarks.plots import _growth, write_plots
 from twinformers.benchmarks.process import Worker
 from twinformers.benchmarks.results import BenchResult, Row, compared, limited, row, steady
 from twinformers.benchmarks.running import Way, bench, interleaved
@@ -726,6 +726,19 @@ def test_pictures(shown, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DestinationError, match="cannot be made"):
         write_plots(shown, tmp_path / "file")
+
+
+def test_growth_reads_as_the_table_does():
+    rows = [
+        Row(Case(task="decode", batch=n, sweep="batch"), "jax", "", [t], seconds=t, peak_bytes=n * 10**9)
+        for n, t in ((1, 0.4), (2, 0.9), (4, 2.1))
+    ]
+    figure = _growth(rows, "batch", BenchResult("demo", "llama", 1, "float32", 1, {}, {}, rows))
+    figure.draw_without_rendering()
+    time, memory = figure.axes
+    assert [label.get_text() for label in memory.get_xticklabels()] == ["1", "2", "4"]
+    assert {"500 ms", "1.00 s", "2.00 s"} <= {label.get_text() for label in time.get_yticklabels()}
+    assert memory.get_ylim()[0] == 0 and [*memory.lines[0].get_ydata()] == [1, 2, 4]
 
 
 def test_nothing_measured_is_shown_too(result, tmp_path):
