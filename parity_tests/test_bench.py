@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -518,6 +519,36 @@ def test_figures_are_positive_and_consistent(result):
         assert r.bound == what
         assert r.fraction == pytest.approx(amount / r.seconds / r.limit)
         assert 0 < r.limit <= max(result.peaks["cpu"][what].values())
+
+
+def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
+    """Stands in for a GPU: what is asked of it, in which order, and whose time counts."""
+    from twinformers.benchmarks.torch_side import TorchSide
+
+    asked: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self):
+            self.number = len(asked)
+            asked.append("event")
+
+        def elapsed_time(self, later: Event) -> float:
+            assert asked[self.number + 1 : later.number] == ["work"]
+            assert asked[later.number + 1 :] == ["wait"]  # an event that is not over yet has no time
+            return 2500.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append("wait"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    side = TorchSide.__new__(TorchSide)
+    side.device = torch.device("cuda", 1)
+    assert side._timed(lambda: asked.append("work")) == 2.5
+    assert asked == ["wait", "event", "work", "event", "wait"]
+    side.device = torch.device("cpu")
+    assert 0 < side._timed(lambda: None) < 1 and len(asked) == 5
 
 
 def test_limits_are_those_of_a_machine(result):
